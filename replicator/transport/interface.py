@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What every transport offers: ordered, reliable delivery of frames to one peer, and the loss of it noticed.
+
+Rules: a transport moves bytes and knows nothing of what they mean. ``send`` waits while the peer takes nothing, so
+the engine above is held back and nothing queues without bound. A dead peer is noticed within ``PEER_TIMEOUT_S``. After
+``LinkLost`` a connection is good for nothing but ``close``; a new one is dialled. Each class is used from one asyncio
+loop.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from probes.errors import DpvsProbeError
+
+PEER_TIMEOUT_S = 3
+
+
+class LinkLost(DpvsProbeError):
+    """The connection to a peer is gone: closed, reset or silent for too long."""
+
+    help_text = "It is dialled again by itself; look at the peer if this repeats."
+
+
+class PeerUnreachable(DpvsProbeError):
+    """A peer did not take our connection."""
+
+    help_text = "Check that `dpvs-probe attach --listen` runs there, the address, the route and the firewall."
+
+
+class CannotListen(DpvsProbeError):
+    """Our own address cannot be listened on."""
+
+
+class Connection(Protocol):
+    """One link with one peer, established."""
+
+    remote: str
+    bytes_sent: int
+    bytes_received: int
+
+    async def send(self, frames: Iterable[bytes]) -> None:
+        """Hand frames over, in order; returns when there is room for more. Raises LinkLost."""
+
+    async def receive(self) -> bytes:
+        """What has come, at least one byte, not cut at frames; b"" when the peer closed in order. Raises LinkLost."""
+
+    async def close(self) -> None:
+        """Send what is buffered as far as a second allows, then end. Safe to call twice; raises nothing."""
+
+
+class Dialer(Protocol):
+    """Makes connections to one peer."""
+
+    address: str
+
+    async def dial(self) -> Connection:
+        """One attempt. Raises PeerUnreachable."""
+
+
+class Listener(Protocol):
+    """Takes connections from peers."""
+
+    address: str
+
+    async def start(self) -> None:
+        """Begin to listen. Raises CannotListen."""
+
+    async def accept(self) -> Connection:
+        """The next peer that dialled us."""
+
+    async def close(self) -> None:
+        """Listen no more; connections already accepted live on."""
+
+
+class Backoff:
+    """How long to wait before the next attempt: doubling, with jitter so that two nodes do not march in step."""
+
+    def __init__(self, first_s: float = 0.1, most_s: float = 2.0, draw: Callable[[], float] = random.random) -> None:
+        self._first_s, self._most_s, self._draw = first_s, most_s, draw
+        self._next_s = first_s
+
+    def reset(self) -> None:
+        """The last attempt worked."""
+        self._next_s = self._first_s
+
+    def wait_s(self) -> float:
+        """Seconds to wait now: between half and all of the current step."""
+        step, self._next_s = self._next_s, min(self._next_s * 2, self._most_s)
+        return step * (0.5 + self._draw() / 2)

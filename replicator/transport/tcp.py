@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""TCP between nodes: one class for both ends of a connection, a dialer and a listener.
+
+Rules: no more than ``BUFFER_BYTES`` and one call's frames wait in user space on either side; beyond that ``send`` waits
+and the peer's window closes. A peer that stops answering is noticed by the kernel within ``PEER_TIMEOUT_S``: while
+data is on the way by TCP_USER_TIMEOUT (it covers a closed window too), else by keepalive.
+"""
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Iterable
+
+from .address import Address, UnknownHost, reason
+from .interface import PEER_TIMEOUT_S, CannotListen, LinkLost, PeerUnreachable
+
+BUFFER_BYTES = 1 << 20
+READ_BYTES = 256 << 10
+CLOSE_S = 1.0
+MAX_WAITING = 64  # connections accepted and not yet taken by accept()
+
+log = logging.getLogger(__name__)
+
+
+class TcpConnection:
+    """One established TCP connection, whichever side opened it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        writer.transport.set_write_buffer_limits(high=BUFFER_BYTES)
+        _tune(writer.get_extra_info("socket"))
+        self.remote = _name(writer.get_extra_info("peername"))
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._closed = False
+
+    async def send(self, frames: Iterable[bytes]) -> None:
+        """Hand frames over, in order; returns when there is room for more. Raises LinkLost."""
+        data = b"".join(frames)
+        try:
+            if data:
+                self._writer.write(data)
+                self.bytes_sent += len(data)
+            await self._writer.drain()
+        except OSError as error:
+            raise LinkLost(f"link with {self.remote} lost: {reason(error)}") from error
+
+    async def receive(self) -> bytes:
+        """What has come, at least one byte, not cut at frames; b"" when the peer closed in order. Raises LinkLost."""
+        try:
+            data = await self._reader.read(READ_BYTES)
+        except OSError as error:
+            raise LinkLost(f"link with {self.remote} lost: {reason(error)}") from error
+        self.bytes_received += len(data)
+        return data
+
+    async def close(self) -> None:
+        """Send what is buffered as far as a second allows, then end. Safe to call twice; raises nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._writer.close()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._writer.wait_closed()
+        except OSError:  # TimeoutError is one: the peer takes nothing any more
+            self._writer.transport.abort()
+        except asyncio.CancelledError:
+            self._writer.transport.abort()
+            raise
+
+
+class TcpDialer:
+    """Makes TCP connections to one peer; its name is resolved anew each time."""
+
+    def __init__(self, address: Address, timeout_s: float = PEER_TIMEOUT_S) -> None:
+        self._to = address
+        self._timeout_s = timeout_s
+        self.address = str(address)
+
+    async def dial(self) -> TcpConnection:
+        """One attempt. Raises PeerUnreachable."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                reader, writer = await asyncio.open_connection(self._to.host, self._to.port, limit=BUFFER_BYTES)
+        except (OSError, UnicodeError) as error:
+            raise PeerUnreachable(f"cannot reach peer {self.address}: {reason(error)}") from error
+        return TcpConnection(reader, writer)
+
+
+class TcpListener:
+    """Takes TCP connections from peers."""
+
+    def __init__(self, address: Address) -> None:
+        self._at = address
+        self.address = str(address)
+        self._server: asyncio.Server | None = None
+        self._waiting: asyncio.Queue[TcpConnection] = asyncio.Queue(MAX_WAITING)
+
+    async def start(self) -> None:
+        """Begin to listen. Raises CannotListen or UnknownHost. Port 0 becomes the one that the system chose."""
+        host = None if self._at.host == "*" else self._at.host
+        try:
+            self._server = await asyncio.start_server(self._arrived, host, self._at.port, limit=BUFFER_BYTES)
+        except socket.gaierror as error:
+            raise UnknownHost(f"cannot listen on {self.address}: {reason(error)}") from error
+        except (OSError, UnicodeError) as error:
+            message = f"cannot listen on {self.address}: {_why(error)}"
+            raise CannotListen(message, help_text=_help(error, self._at)) from error
+        if self._at.port == 0:
+            self._at = self._at._replace(port=self._server.sockets[0].getsockname()[1])
+            self.address = str(self._at)
+
+    async def accept(self) -> TcpConnection:
+        """The next peer that dialled us."""
+        return await self._waiting.get()
+
+    async def close(self) -> None:
+        """Listen no more; connections that were accepted live on, those never taken are dropped."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        while not self._waiting.empty():
+            self._waiting.get_nowait()._writer.transport.abort()
+
+    def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None or self._waiting.full():
+            log.debug("connection from %s dropped: too many wait", _name(writer.get_extra_info("peername")))
+            writer.transport.abort()
+            return
+        try:
+            self._waiting.put_nowait(TcpConnection(reader, writer))
+        except OSError as error:  # reset before we could look at it
+            log.debug("connection lost at once: %s", reason(error))
+            writer.transport.abort()
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_TIMEOUT_S * 1000)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PEER_TIMEOUT_S - 1)
+
+
+def _name(peername: tuple[str, int] | None) -> str:
+    return str(Address(peername[0], peername[1])) if peername else "?"
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return "the port is in use"
+    if isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL:
+        return "this machine does not have that address"
+    return reason(error)
+
+
+def _help(error: Exception, address: Address) -> str:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"See who has it with `ss -ltnp 'sport = :{address.port}'`, or give --listen another port."
+    return "Give --listen an address of this machine, or *:PORT for all of them."
