@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What twin nodes and real nodes have in common: start, kill, count, list sessions, attach dpvs-probe.
+
+A node is one DPVS in its own network namespace. ``twin.py`` and ``real.py`` say how it is started, how it gets its
+services and where its counters are read; everything else is the same, and so are the tests.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.lab.net import Network
+from tests.lab.process import LabError, Process, wait_for
+from tests.lab.run import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = Path(sys.executable).parent / "dpvs-probe"
+
+
+@dataclass(frozen=True)
+class Service:
+    """One virtual service: FullNAT unless ``direct``."""
+
+    proto: str  # tcp, udp
+    address: str
+    port: int
+    servers: tuple[str, ...]
+    local_addresses: tuple[str, ...]
+    direct: bool = False
+
+
+@dataclass(frozen=True)
+class RealServer:
+    """Connection counters of one real server of one service."""
+
+    service: str  # "tcp 10.9.1.100:80"
+    address: str  # "10.9.0.20:80"
+    active: int
+    inactive: int
+
+
+@dataclass(frozen=True)
+class Counters:
+    servers: tuple[RealServer, ...]
+    ports_used: int
+
+    @property
+    def active(self) -> int:
+        return sum(server.active for server in self.servers)
+
+    @property
+    def inactive(self) -> int:
+        return sum(server.inactive for server in self.servers)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing left: no connection counted, no local port used."""
+        return self.active == self.inactive == self.ports_used == 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both nodes of a pair share."""
+
+    workers: int = 1
+    established_timeout_s: int = 90
+    pool: int = 65536
+    memory_mib: int = 256
+    poll: bool = False
+    timeouts: dict[str, int] = field(default_factory=dict)
+
+
+class Node(ABC):
+    """One DPVS and what is attached to it."""
+
+    kind: str
+    start_timeout_s = 60.0
+
+    def __init__(self, run: Run, network: Network, name: str, settings: Settings) -> None:
+        self.run = run
+        self.network = network
+        self.plan = network.plan
+        self.name = name
+        self.settings = settings
+        self.directory = run.directory / f"{network.prefix}-{name}"
+        self.directory.mkdir(exist_ok=True)
+        self.conf = self.directory / "dpvs.conf"
+        self.pid_file = self.directory / "dpvs.pid"
+        self.ipc = self.directory / "dpvs.ipc"
+        self.file_prefix = f"{network.prefix}-{name}"
+        self.process: Process | None = None
+        self.attached: list[Attached] = []
+
+    # -- life -------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def argv(self) -> list[str]:
+        """Command line of the DPVS."""
+
+    @abstractmethod
+    def write_config(self) -> None:
+        """Write ``self.conf``."""
+
+    @abstractmethod
+    def configure(self, services: list[Service]) -> None:
+        """Give the running DPVS its addresses and services."""
+
+    @abstractmethod
+    def counters(self) -> Counters:
+        """Connection counts and used local ports, as DPVS itself says."""
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def pid(self) -> int:
+        if self.process is None:
+            raise LabError(f"node {self.name} was not started")
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.alive
+
+    def start(self, services: list[Service]) -> None:
+        """Start the DPVS and wait until it answers; services included."""
+        if self.alive:
+            raise LabError(f"node {self.name} runs already")
+        for leftover in (self.ipc, self.pid_file):
+            leftover.unlink(missing_ok=True)
+        for page in self.run.huge.glob(f"{self.file_prefix}map_*"):
+            page.unlink()
+        self.write_config()
+        log = self.directory / "dpvs.out"
+        process = Process(
+            f"node {self.name}", self.argv(), log, enter=self.network.enter_in_child(self.name), env=self.environment()
+        )
+        self.process = process
+        self.run.remember(process.pid)
+
+        def up() -> bool:
+            if not process.alive:
+                raise LabError(f"node {self.name} ended with status {process.status}:\n{process.tail(12)}")
+            return self.ipc.exists() and self.pid_file.exists() and bool(self.pid_file.read_text().strip())
+
+        wait_for(f"node {self.name} up ({log})", up, self.start_timeout_s, 0.05)
+        self.configure(services)
+
+    def kill(self) -> None:
+        """kill -9, as a machine dies."""
+        if self.process is not None:
+            self.process.kill()
+
+    def close(self) -> None:
+        for attached in reversed(self.attached):
+            attached.close()
+        self.attached.clear()
+        if self.process is not None:
+            self.process.kill()
+        for page in self.run.huge.glob(f"{self.file_prefix}map_*"):
+            page.unlink(missing_ok=True)
+
+    # -- what it holds ----------------------------------------------------------------------------------------------
+    def sessions(self) -> Any:
+        """DPVS's own list (GET_CONN_ALL), one row a session."""
+        from probes.control import ControlSocket
+        from probes.layout import Layout
+
+        layout = Layout.load("dpvs-1.10.2")
+        return ControlSocket(str(self.ipc), layout).sessions()
+
+    # -- dpvs-probe -------------------------------------------------------------------------------------------------
+    def probe(self, *arguments: str, wait: bool = True, timeout: float = 30) -> "Attached":
+        """Start ``dpvs-probe attach`` on this node, in its namespace, and wait until its admin socket answers."""
+        attached = Attached(self, arguments)
+        self.attached.append(attached)
+        if wait:
+            attached.wait_ready(timeout)
+        return attached
+
+    def command(self, *arguments: str, check: bool = False, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
+        """Run one ``dpvs-probe`` command in this node's namespace, to its end."""
+        return subprocess.run(
+            [str(COMMAND), *arguments],
+            capture_output=True,
+            text=True,
+            check=check,
+            timeout=timeout,
+            env={**os.environ, "DPVS_PROBE_RUNDIR": str(self.run_directory)},
+            preexec_fn=self.network.enter_in_child(self.name),
+        )
+
+    @property
+    def run_directory(self) -> Path:
+        return self.directory / "run"
+
+
+class Attached:
+    """A running ``dpvs-probe attach``."""
+
+    def __init__(self, node: Node, arguments: tuple[str, ...]) -> None:
+        self.node = node
+        number = len(list(node.directory.glob("probe-*.log")))
+        self.log = node.directory / f"probe-{number}.log"
+        self.process = Process(
+            f"dpvs-probe on node {node.name}",
+            [COMMAND, "attach", "--pid", str(node.pid), *arguments],
+            self.log,
+            enter=node.network.enter_in_child(node.name),
+            env={"DPVS_PROBE_RUNDIR": str(node.run_directory)},
+        )
+        node.run.remember(self.process.pid)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.alive
+
+    def wait_ready(self, timeout: float = 30) -> None:
+        socket_path = self.node.run_directory / f"{self.node.pid}.sock"
+
+        def up() -> bool:
+            if not self.process.alive:
+                raise LabError(f"{self.process.name} ended with status {self.process.status}:\n{self.process.tail()}")
+            return socket_path.exists() and self.node.command("status", "--json").returncode == 0
+
+        wait_for(f"{self.process.name} answers ({self.log})", up, timeout, 0.1)
+
+    def ask(self, *arguments: str) -> Any:
+        """The parsed answer of ``dpvs-probe <arguments> --json``."""
+        done = self.node.command(*arguments, "--pid", str(self.node.pid), "--json")
+        if done.returncode != 0:
+            raise LabError(f"dpvs-probe {' '.join(arguments)}: {done.stderr.strip()}\n{self.process.tail()}")
+        return json.loads(done.stdout)
+
+    def status(self) -> dict[str, Any]:
+        answer = self.ask("status")
+        assert isinstance(answer, dict)
+        return answer
+
+    def sessions(self, *arguments: str) -> list[dict[str, Any]]:
+        answer = self.ask("sessions", *arguments)
+        assert isinstance(answer, list)
+        return answer
+
+    def peers(self) -> Any:
+        return self.ask("peers")
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
+        """End it cleanly; its exit status."""
+        self.process.signal(number)
+        return self.process.wait(timeout)
+
+    def close(self) -> None:
+        if self.process.alive:
+            self.process.stop()
