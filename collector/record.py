@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The session record: one numpy dtype, used by the table, the wire and the agent alike.
+
+Rules: 144 bytes, little-endian, naturally aligned, no implicit padding; ``probes/agent/agent.c`` declares the same
+struct and asserts its size. Addresses are in network order: 16 bytes, an IPv4 address in the first four and zeros
+after it (DPVS leaves rubbish there, ``union inet_addr``). Ports are in network order. Sequence fields are copied as
+DPVS holds them: ``fnat_*`` and ``sp_*`` in host order (``struct dp_vs_seq``), ``rs_end_*`` as the packet had them.
+
+``rs_end_seq`` and ``rs_end_ack`` move with every packet of the real server and serve only the reset at expiry
+(DPVS 1.10.2, ``ip_vs_proto_tcp.c: tcp_out_save_seq, tcp_send_rst``): they travel with a record, but a change of them
+alone is not a change.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+RECORD = np.dtype(
+    {
+        "names": [
+            "slot", "generation", "af", "af_out", "proto", "fwdmode", "state", "flags",
+            "caddr", "vaddr", "laddr", "daddr", "cport", "vport", "lport", "dport",
+            "timeout_ms", "worker", "wscale_vs", "wscale_rs", "pp_version",
+            "fnat_isn", "fnat_delta", "fnat_fdata_seq", "fnat_prev_delta",
+            "sp_isn", "sp_delta", "sp_fdata_seq", "sp_prev_delta",
+            "rs_end_seq", "rs_end_ack", "pp_sent",
+        ],
+        "formats": [
+            "<u4", "<u4", "u1", "u1", "u1", "u1", "<u2", "<u2",
+            "16u1", "16u1", "16u1", "16u1", ">u2", ">u2", ">u2", ">u2",
+            "<u4", "u1", "u1", "u1", "u1",
+            "<u4", "<u4", "<u4", "<u4",
+            "<u4", "<u4", "<u4", "<u4",
+            "<u4", "<u4", "u1",
+        ],
+        "offsets": [
+            0, 4, 8, 9, 10, 11, 12, 14,
+            16, 32, 48, 64, 80, 82, 84, 86,
+            88, 92, 93, 94, 95,
+            96, 100, 104, 108,
+            112, 116, 120, 124,
+            128, 132, 136,
+        ],
+        "itemsize": 144,
+    }
+)  # fmt: skip
+WORDS = RECORD.itemsize // 8
+
+AF_INET, AF_INET6 = 2, 10
+TCP, UDP, SCTP = 6, 17, 132
+
+# Forwarding modes: DPVS 1.10.2, include/conf/dest.h (enum dpvs_fwd_mode over IP_VS_CONN_F_*).
+NAT, TUNNEL, DR, FNAT, SNAT, UNKNOWN_MODE = 0, 2, 3, 5, 6, 255
+MODE_NAMES = {NAT: "NAT", TUNNEL: "TUNNEL", DR: "DR", FNAT: "FNAT", SNAT: "SNAT", UNKNOWN_MODE: "?"}
+
+# Session flags: DPVS 1.10.2, include/conf/conn.h (IP_VS_CONN_F_*). INJECTED is ours; DPVS leaves that bit alone.
+SYNPROXY, HASHED, INACTIVE, TEMPLATE, ONE_PACKET = 0x0010, 0x0100, 0x0200, 0x0400, 0x0800
+IN_TIMER, REDIRECT_HASHED, INJECTED = 0x1000, 0x2000, 0x8000
+
+UNKNOWN_WORKER = 255
+
+# TCP states: DPVS 1.10.2, include/ipvs/proto_tcp.h.
+NONE, ESTABLISHED, SYN_SENT, SYN_RECV, FIN_WAIT, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYNACK = range(11)
+TCP_STATES = (
+    "NONE", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT", "TIME_WAIT",
+    "CLOSE", "CLOSE_WAIT", "LAST_ACK", "LISTEN", "SYNACK",
+)  # fmt: skip
+UDP_STATES = ("NONE", "ONEWAY", "NORMAL", "LAST")
+
+Records = npt.NDArray[np.void]
+Bools = npt.NDArray[np.bool_]
+Slots = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+# The words (8 bytes each) whose difference makes a record new to a peer: all but slot/generation (word 0), the worker
+# bits that we only learn late, and rs_end_* (word 16).
+_COMPARE = np.full(WORDS, ~np.uint64(0), np.uint64)
+_COMPARE[0] = 0
+_COMPARE[16] = 0
+_COMPARE[11] &= ~np.uint64(0xFF << 32)  # worker, byte 92
+# flags: only what outlives the packet being handled; hash and timer bits flicker while DPVS re-hashes.
+_COMPARE[1] &= ~np.uint64((HASHED | IN_TIMER | REDIRECT_HASHED) << 48)
+# The words that make up the tuple: af, af_out, proto (word 1, lower bytes), addresses (2..9), ports (10).
+_TUPLE_BITS_1 = np.uint64(0xFFFFFF)
+_TUPLE_WORDS = np.zeros(WORDS, np.bool_)
+_TUPLE_WORDS[2:11] = True
+_ALL_WORDS = np.ones(WORDS, np.bool_)
+_IDENTITY_BYTES = 76
+_DIGEST_BLOCK = 8192
+_DIGEST_SALT = (np.arange(1, WORDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+_DIGEST_WEIGHTS = (_DIGEST_SALT * np.uint64(0xD1B54A32D192ED03)) | np.uint64(1)
+
+
+def words(records: Records) -> Words:
+    """Records, shape (n,), seen as (n, 18) little-endian 64-bit words; no copy, valid as long as ``records``."""
+    contiguous = np.ascontiguousarray(records)
+    return contiguous.view(np.uint64).reshape(len(contiguous), WORDS)
+
+
+def differences(old: Words, new: Words, out: Words | None = None) -> tuple[Bools, Bools]:
+    """Of n pairs of records as words: (tuple differs, anything that a peer must know differs), each (n,) bool.
+
+    ``out``: room to work in, (n, 18), may be ``old`` itself; its content is lost.
+    """
+    apart = np.bitwise_xor(old, new, out=out)
+    apart &= _COMPARE
+    # A product of booleans is "any", and several times faster than any(axis=1) on rows this short.
+    apart_words = apart != 0
+    tuples = apart_words @ _TUPLE_WORDS
+    tuples |= (apart[:, 1] & _TUPLE_BITS_1) != 0
+    return tuples, apart_words @ _ALL_WORDS
+
+
+def changed(old: Records, new: Records) -> Bools:
+    """Which of n pairs differ in anything a peer must know; rs_end_*, slot, generation and worker do not count."""
+    return differences(words(old), words(new))[1]
+
+
+def same_identity(old: Records, new: Records) -> Bools:
+    """Which of n pairs have the same tuple: families, protocol, four addresses, four ports."""
+    return ~differences(words(old), words(new))[0]
+
+
+def identity(records: Records) -> npt.NDArray[np.void]:
+    """The tuples of n records as opaque keys, (n,) V76: equal keys, equal sessions.
+
+    Families, protocol, four addresses, four ports; nothing of the node that holds the session. A copy.
+    """
+    keys = np.zeros((len(records), _IDENTITY_BYTES), np.uint8)
+    raw = np.ascontiguousarray(records).view(np.uint8).reshape(len(records), RECORD.itemsize)
+    keys[:, :3] = raw[:, 8:11]
+    keys[:, 4:] = raw[:, 16:88]
+    return keys.view(f"V{_IDENTITY_BYTES}").reshape(len(records))
+
+
+def digest(records: Records, *, by_slot: bool = True) -> int:
+    """One 64-bit number for a set of n sessions, whatever their order: equal sets, equal digests.
+
+    Takes in all that ``changed`` compares, and slot and generation too when ``by_slot``; leave those out to compare
+    sessions of different nodes. Digests of disjoint sets add up modulo 2**64.
+    """
+    total = 0
+    for start in range(0, len(records), _DIGEST_BLOCK):
+        mixed = words(records[start : start + _DIGEST_BLOCK]) & _COMPARE
+        if by_slot:
+            mixed[:, 0] = words(records[start : start + _DIGEST_BLOCK])[:, 0]
+        mixed += _DIGEST_SALT
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+            mixed ^= mixed >> np.uint64(shift)
+            mixed *= np.uint64(factor)
+        mixed ^= mixed >> np.uint64(31)
+        row = mixed @ _DIGEST_WEIGHTS
+        row ^= row >> np.uint64(32)
+        row *= np.uint64(0xD6E8FEB86659FD93)
+        row ^= row >> np.uint64(32)
+        total += int(row.sum(dtype=np.uint64))
+    return total & 0xFFFFFFFFFFFFFFFF
+
+
+def replicable(records: Records) -> Bools:
+    """Which of n sessions a peer could carry on: not templates, not sessions of one packet.
+
+    Templates live in one table of the whole process and pin a client to a real server; sessions of one packet have no
+    second packet. Both need ways of their own, so the table shows them and no peer gets them.
+    """
+    return np.asarray((records["flags"] & (TEMPLATE | ONE_PACKET)) == 0)
+
+
+def state_name(proto: int, state: int) -> str:
+    """The field's name of a session state; ``?<number>`` where DPVS has none."""
+    names = TCP_STATES if proto == TCP else UDP_STATES if proto == UDP else ()
+    return names[state] if state < len(names) else f"?{state}"
+
+
+def from_conns(conns: Records, slots: Slots, modes: Mapping[int, int]) -> Records:
+    """Session records of n DPVS sessions.
+
+    ``conns``: shape (n,), the layout's ``dp_vs_conn`` fields as read from the pool
+    (``probes.memory.SessionPool.read``); ``slots``: (n,) int64; ``modes``: address of a ``dp_vs_xmit_*`` function ->
+    forwarding mode, as the session keeps its mode only as its transmit function. Generation stays 0, worker unknown:
+    the table fills both.
+    """
+    n = len(conns)
+    out = np.zeros(n, RECORD)
+    if n == 0:
+        return out
+    out["slot"] = slots
+    out["af"] = conns["af"]
+    out["af_out"] = conns["af_out"]
+    out["proto"] = conns["proto"]
+    fwdmode = np.full(n, UNKNOWN_MODE, np.uint8)
+    for address, mode in modes.items():
+        fwdmode[conns["packet_xmit"] == address] = mode
+    out["fwdmode"] = fwdmode
+    out["state"] = conns["state"]
+    out["flags"] = conns["flags"]
+    inner4 = np.asarray(conns["af"] == AF_INET)
+    outer4 = np.asarray(conns["af_out"] == AF_INET)
+    for name, four in (("caddr", inner4), ("vaddr", inner4), ("laddr", outer4), ("daddr", outer4)):
+        address_bytes: npt.NDArray[Any] = out[name]
+        address_bytes[:] = conns[name]
+        address_bytes[four, 4:] = 0
+    for name in ("cport", "vport", "lport", "dport"):
+        out[name] = conns[name]
+    out["timeout_ms"] = np.minimum(conns["timeout_s"].astype(np.uint64) * 1000, 0xFFFFFFFF)
+    out["worker"] = UNKNOWN_WORKER
+    for name in ("wscale_vs", "wscale_rs", "pp_version", "pp_sent", "rs_end_seq", "rs_end_ack"):
+        out[name] = conns[name]
+    for prefix, source in (("fnat", "fnat_seq"), ("sp", "syn_proxy_seq")):
+        for part in ("isn", "delta", "fdata_seq", "prev_delta"):
+            out[f"{prefix}_{part}"] = conns[f"{source}_{part}"]
+    return out

@@ -1,0 +1,111 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * What the files of the agent share: how it sees DPVS's structs, what it calls, its own state.
+ */
+#ifndef DPVS_PROBE_AGENT_INTERNAL_H
+#define DPVS_PROBE_AGENT_INTERNAL_H
+
+#include <arpa/inet.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/time.h>
+
+#include "agent_abi.h"
+
+extern struct agent_config agent_config;
+extern struct agent_door agent_door;
+#define door agent_door
+#define config agent_config
+
+/* DPVS's own numbers: 1.10.2, include/conf/common.h, include/ipvs/proto_tcp.h, include/conf/conn.h, include/ctrl.h. The
+ * error codes are the ones its table of messages knows. */
+enum { EDPVS_OK = 0, EDPVS_INVAL = -1, EDPVS_EXIST = -3, EDPVS_BUSY = -13, EDPVS_DISABLED = -18 };
+enum { TCP_ESTABLISHED = 1, TCP_CLOSE = 6, TCP_SYNACK = 10 };
+enum { F_SYNPROXY = 0x10, F_INACTIVE = 0x200, F_TEMPLATE = 0x400, F_ONE_PACKET = 0x800, F_INJECTED = 0x8000 };
+enum { FWD_FNAT = 5, SA_F_USED = 1, MSG_F_ASYNC = 1, MSG_UNICAST = 1, MSG_PRIO_HIGH = 1, STATE_NORMAL = 3 };
+enum { DTIMER_OK = 0, DTIMER_STOP = 1 };
+
+
+/* ---- offsets ---- */
+
+#define AS_FIELD(s, f) OFF_##s##_##f,
+#define AS_SIZE(s) SIZEOF_##s,
+enum { AGENT_FIELDS(AS_FIELD, AS_SIZE) N_OFFSETS };
+_Static_assert(N_OFFSETS <= AGENT_OFFSETS, "room for all offsets");
+
+#define AT(base, s, f) ((void *)((char *)(base) + config.offsets[OFF_##s##_##f]))
+#define SIZE_OF(s) (config.offsets[SIZEOF_##s])
+
+static inline uint8_t get8(const void *p) { return *(const volatile uint8_t *)p; }
+static inline uint16_t get16(const void *p) { return *(const volatile uint16_t *)p; }
+static inline uint32_t get32(const void *p) { return *(const volatile uint32_t *)p; }
+static inline void *getp(const void *p) { return *(void *const volatile *)p; }
+static inline void put8(void *p, uint8_t v) { *(volatile uint8_t *)p = v; }
+static inline void put16(void *p, uint16_t v) { *(volatile uint16_t *)p = v; }
+static inline void put32(void *p, uint32_t v) { *(volatile uint32_t *)p = v; }
+static inline void putp(void *p, void *v) { *(void *volatile *)p = v; }
+
+struct list_head {
+	struct list_head *next, *prev;
+};
+/* struct dpvs_timer (48 bytes in every release; 80 with CONFIG_TIMER_DEBUG), with room to spare. */
+struct timer_room {
+	uint64_t words[32];
+};
+
+/* ---- what we call in DPVS ---- */
+
+struct agent_dpvs {
+	int (*dpvs_state_get)(void);
+	int (*dpvs_timer_sched)(void *timer, struct timeval *delay, int (*)(void *), void *arg, bool global);
+	int (*dpvs_timer_sched_period)(void *timer, struct timeval *delay, int (*)(void *), void *arg, bool global);
+	int (*sockopt_register)(void *);
+	int (*sockopt_unregister)(void *);
+	int (*msg_type_register)(const void *);
+	int (*msg_type_unregister)(const void *);
+	void *(*msg_make)(uint32_t type, uint32_t seq, int mode, uint8_t cid, uint32_t len, const void *data);
+	int (*msg_send)(void *msg, uint8_t cid, uint32_t flags, void **reply);
+	int (*msg_destroy)(void **msg);
+	void (*netif_get_slave_lcores)(uint8_t *n, uint64_t *mask);
+	unsigned (*rte_get_main_lcore)(void);
+	void *(*dp_vs_conn_get)(int af, uint16_t proto, const void *saddr, const void *daddr, uint16_t sport,
+				uint16_t dport, int *dir, bool reverse);
+	void *(*dp_vs_conn_new)(void *mbuf, const void *iph, void *param, void *dest, uint32_t flags);
+	void (*dp_vs_conn_put)(void *conn);
+	void (*dp_vs_conn_put_no_reset)(void *conn);
+	void *(*dp_vs_service_lookup)(int af, uint16_t proto, const void *vaddr, uint16_t vport, uint32_t fwmark,
+				      const void *mbuf, const void *match, uint8_t cid);
+	void *(*dp_vs_dest_lookup)(int af, void *svc, const void *daddr, uint16_t dport);
+	void *(*inet_addr_ifa_get)(int af, const void *dev, void *addr);
+	void (*inet_addr_ifa_put)(void *ifa);
+};
+extern struct agent_dpvs dpvs;
+
+
+extern __thread unsigned int per_lcore__lcore_id; /* DPDK: which lcore this thread is */
+
+/* ---- state (agent.c) ---- */
+
+uint64_t now_ns(void);
+/* The first reason given is the one that the door keeps. */
+void set_state(uint32_t state, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* An invariant failed: refuse everything from now on. The code for the record at hand. */
+#define poison(...) (__extension__({ set_state(AGENT_POISONED, __VA_ARGS__); (uint8_t)CODE_RETIRED; }))
+static inline bool is_ready(void) { return __atomic_load_n(&door.state, __ATOMIC_ACQUIRE) == AGENT_READY; }
+
+/* ---- one session (session.c): only on the worker that owns it ---- */
+
+uint8_t check_record(const struct agent_record *r);
+uint8_t upsert_session(const struct agent_record *r, unsigned lcore);
+uint8_t delete_session(const struct agent_record *r);
+
+/* ---- requests (batch.c) ---- */
+
+void batch_init(unsigned main_lcore, uint64_t worker_mask);
+int batch_set(uint32_t opt, const void *in, size_t in_bytes); /* master: what SOCKOPT_SET_CONN does */
+int batch_work(void *msg);				      /* worker: one chunk of records */
+int batch_done(void *msg);				      /* master: a chunk is done */
+
+#endif

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Getting the agent into a running DPVS, and making it a stub again.
+
+Rules: everything that can refuse comes before the process is touched. The shared object goes in as a private copy with its
+configuration written into it, through DPDK's control thread while that thread sleeps in ``epoll_wait``: the one thread of
+the process that is never in the middle of anything. What then happens in the process is agent.c's business, on the master
+lcore; here we only wait for the door to open and read what it says.
+"""
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from pyinjector import PyInjectorError
+from pyinjector import attach as hijack
+
+from probes.agent import abi
+from probes.agent.client import NAME_PART, AgentClient, AgentError, Door, visible_pid
+from probes.control import ControlSocket
+from probes.layout import Layout
+from probes.target import Target
+
+LIBRARY = Path(__file__).with_name("agent.so")
+TIME_LIMIT_MS = 5000
+CHUNK_LIMIT_NS = 80_000
+MSG_TYPE_WORK, MSG_TYPE_DONE = 0x44505052, 0x44505053  # free in every release: DPVS's own are below 1000
+# epoll_wait, epoll_pwait, poll, ppoll, epoll_pwait2 on x86-64: a thread in one of these waits for the world.
+WAITING_SYSCALLS = {232, 281, 7, 271, 441}
+DIRECTORIES = ("run", "tmp", "var/tmp", "dev/shm")
+
+
+class AgentNotLoaded(AgentError):
+    """The agent could not be brought in; the process is as it was, but for a library it does not use."""
+
+
+def our_version() -> str:
+    """The version of this package, as the agent reports it."""
+    try:
+        return version("dpvs-probe")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def configured(library: bytes, layout: Layout, token: int) -> bytes:
+    """A copy of the shared object with its configuration filled in (``struct agent_config``)."""
+    at = library.find(abi.CONFIG_MAGIC + abi.ABI.to_bytes(4, "little"))
+    if at < 0 or library.find(abi.CONFIG_MAGIC + abi.ABI.to_bytes(4, "little"), at + 1) >= 0:
+        raise AgentNotLoaded(
+            "the agent's shared object is not one of ours", help_text="Reinstall dpvs-probe (scripts/setup)."
+        )
+    config = np.frombuffer(library, abi.CONFIG, count=1, offset=at).copy()[0]
+    config["filled"] = 1
+    config["token"] = token
+    config["version"] = our_version().encode()[:31]
+    config["time_limit_ms"] = TIME_LIMIT_MS
+    config["sockopt_version"] = layout.sockopt_version
+    config["sockopt_set_conn"] = layout.sockopt_id("SOCKOPT_SET_CONN")
+    config["sockopt_get_conn_min"] = layout.sockopt_id("SOCKOPT_GET_CONN_ALL")
+    config["sockopt_get_conn_max"] = layout.sockopt_id("SOCKOPT_GET_CONN_SPECIFIED")
+    config["msg_type_work"], config["msg_type_done"] = MSG_TYPE_WORK, MSG_TYPE_DONE
+    config["chunk_limit_ns"] = CHUNK_LIMIT_NS
+    config["offsets"] = 0xFFFF
+    for i, (struct, field) in enumerate(abi.fields()):
+        config["offsets"][i] = layout.size(struct) if field is None else layout.offset(struct, field)
+    return library[:at] + config.tobytes() + library[at + abi.CONFIG.itemsize :]
+
+
+@contextmanager
+def placed(target: Target, content: bytes, token: int) -> Iterator[str]:
+    """The shared object in a place where the process can open it; yields the path as the process sees it.
+
+    Removed again at the end: a mapped file needs no name. Directories that are mounted noexec will not do.
+    """
+    root = Path(f"/proc/{target.pid}/root")
+    for directory in DIRECTORIES:
+        folder = root / directory
+        try:
+            if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+                continue
+            handle, name = tempfile.mkstemp(prefix=f"{NAME_PART}{token:016x}-", suffix=".so", dir=folder)
+        except OSError:
+            continue
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                os.fchmod(file.fileno(), 0o500)
+            yield "/" + str(Path(name).relative_to(root))
+        finally:
+            os.unlink(name)
+        return
+    raise AgentNotLoaded(
+        f"found no directory where process {target.pid} could load a library from",
+        help_text="Make one of " + ", ".join("/" + d for d in DIRECTORIES) + " writable and not mounted noexec.",
+    )
+
+
+def wait_until_quiet(target: Target, tid: int, limit_s: float) -> None:
+    """Wait until the control thread sleeps in epoll_wait, so that nothing is interrupted."""
+    deadline = time.monotonic() + limit_s
+    path = Path(f"/proc/{target.pid}/task/{tid}/syscall")
+    while True:
+        try:
+            now = path.read_text().split()
+        except OSError as error:
+            raise AgentNotLoaded(f"cannot watch thread {tid} of process {target.pid}: {error.strerror}") from error
+        if now and now[0].isdigit() and int(now[0]) in WAITING_SYSCALLS:
+            return
+        if time.monotonic() > deadline:
+            raise AgentNotLoaded(
+                f"the control thread of process {target.pid} was never at rest within {limit_s:g} s",
+                help_text="Is the machine overloaded, or the process stopped? Try again when it is calm.",
+            )
+        time.sleep(0.002)
+
+
+def load(target: Target, layout: Layout, control: ControlSocket) -> AgentClient:
+    """Bring the agent into the process and wait until it answers.
+
+    A retired agent of the same interface that is there already is woken instead; one that works is used as it is.
+    Raises AgentNotLoaded with the agent's own reason.
+    """
+    door = Door.find(target)
+    if door is not None and door.is_installed():
+        return reuse(target, layout, control, door)
+    if not LIBRARY.exists():
+        raise AgentNotLoaded("the agent is not built", help_text="Reinstall dpvs-probe (scripts/setup builds it).")
+    tracer = tracer_of(target.pid)
+    if tracer:
+        raise AgentNotLoaded(
+            f"process {target.pid} is being traced by process {tracer}", help_text="Detach the debugger and try again."
+        )
+    token = secrets.randbits(64) | 1
+    content = configured(LIBRARY.read_bytes(), layout, token)
+    tid = target.control_thread()
+    with placed(target, content, token) as path:
+        wait_until_quiet(target, tid, 2.0)
+        try:
+            with hijack(tid) as injector:
+                injector.inject(path.encode())
+        except PyInjectorError as error:
+            raise AgentNotLoaded(f"process {target.pid} would not load the agent: {error}") from error
+    deadline = time.monotonic() + TIME_LIMIT_MS / 1000 + 1
+    while True:
+        door = Door.find(target)
+        if door is not None and door.state not in (abi.State.LOADING,):
+            break
+        if time.monotonic() > deadline:
+            raise AgentNotLoaded(f"the agent in process {target.pid} does not come up")
+        time.sleep(0.002)
+    if door.state != abi.State.READY or int(door.data["token"]) != token:
+        raise AgentNotLoaded(f"the agent in process {target.pid} refused to start: {door.error or 'no reason given'}")
+    # READY is set a moment before the slot is filled, which is the last thing it does.
+    while not door.is_installed() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return greeted(target, layout, control, door)
+
+
+def reuse(target: Target, layout: Layout, control: ControlSocket, door: Door) -> AgentClient:
+    """Use the agent that is in the process already."""
+    if int(door.data["abi"]) != abi.ABI:
+        raise AgentNotLoaded(
+            f"process {target.pid} holds an agent of another version ({door.version})",
+            help_text="Use the dpvs-probe that loaded it, or restart DPVS when traffic allows.",
+        )
+    if door.state == abi.State.POISONED:
+        raise AgentNotLoaded(
+            f"the agent in process {target.pid} has shut itself: {door.error}",
+            help_text="Attach with --no-inject, and report this line: something in this DPVS is not as expected.",
+        )
+    client = AgentClient(target, layout, control, door)
+    if door.state == abi.State.RETIRED:
+        client.revive()
+    client.hello()
+    return client
+
+
+def greeted(target: Target, layout: Layout, control: ControlSocket, door: Door) -> AgentClient:
+    """A client that has heard from the agent through DPVS's own socket."""
+    if int(door.read().data["pid"]) != visible_pid(target):
+        raise AgentNotLoaded(f"the door found in process {target.pid} is not its own")
+    client = AgentClient(target, layout, control, door)
+    client.hello()
+    return client
+
+
+def unload(client: AgentClient) -> None:
+    """Make the agent a stub that refuses. It stays in the process: the slot must never be NULL again."""
+    client.retire()
+
+
+def tracer_of(pid: int) -> int:
+    """The process that traces this one, 0 for none."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("TracerPid:"):
+            return int(line.split()[1])
+    return 0

@@ -1,0 +1,282 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * One session, made, refreshed or ended by DPVS's own functions on the worker that owns it.
+ *
+ * Rules: everything here runs on that worker, between two bursts of packets, so nothing else touches its table, its port
+ * pools or its lists of services. A copy waits as SYNACK|INACTIVE and ends from CLOSE: no reset is sent from either.
+ */
+#include <sys/socket.h>
+
+#include "agent.h"
+
+#define MAX_TIMEOUT_S (7 * 86400u)
+#define MAX_LADDRS 4096
+
+static bool address_equal(int af, const void *a, const void *b)
+{
+	/* union inet_addr holds rubbish above an IPv4 address */
+	return memcmp(a, b, af == AF_INET ? 4 : 16) == 0;
+}
+
+uint8_t check_record(const struct agent_record *r)
+{
+	if (r->af != AF_INET || r->af_out != AF_INET || r->proto != IPPROTO_TCP || r->fwdmode != FWD_FNAT)
+		return CODE_UNSUPPORTED;
+	if (r->flags & (F_TEMPLATE | F_ONE_PACKET))
+		return CODE_UNSUPPORTED;
+	if (!r->cport || !r->vport || !r->lport || !r->dport || r->state > TCP_SYNACK)
+		return CODE_BAD_RECORD;
+	if (!r->timeout_ms || r->timeout_ms / 1000 > MAX_TIMEOUT_S || r->wscale_vs > 14 || r->wscale_rs > 14)
+		return CODE_BAD_RECORD;
+	return 0;
+}
+
+static bool same_local_side(void *conn, const struct agent_record *r)
+{
+	return address_equal(r->af_out, AT(conn, dp_vs_conn, laddr), r->laddr) &&
+	       address_equal(r->af_out, AT(conn, dp_vs_conn, daddr), r->daddr) &&
+	       get16(AT(conn, dp_vs_conn, lport)) == r->lport && get16(AT(conn, dp_vs_conn, dport)) == r->dport;
+}
+
+/* Does the copy carry traffic here? Then DPVS itself has moved it out of the state that we put it in. */
+static bool is_live(void *conn)
+{
+	return get16(AT(conn, dp_vs_conn, state)) != TCP_SYNACK || !(get16(AT(conn, dp_vs_conn, flags)) & F_INACTIVE);
+}
+
+static void *find(const struct agent_record *r, int *direction)
+{
+	*direction = 0;
+	return dpvs.dp_vs_conn_get(r->af, r->proto, r->caddr, r->vaddr, r->cport, r->vport, direction, false);
+}
+
+/* Ends a session now and without a word on the network; takes the reference that the caller holds. */
+static bool end_silently(void *conn)
+{
+	int (*handler)(void *) = (int (*)(void *))getp(
+		(char *)AT(conn, dp_vs_conn, timer) + config.offsets[OFF_dpvs_timer_handler]);
+
+	if (!handler || get32(AT(conn, dp_vs_conn, n_control)) != 0) {
+		dpvs.dp_vs_conn_put_no_reset(conn);
+		return false;
+	}
+	put16(AT(conn, dp_vs_conn, state), TCP_CLOSE); /* no reset from this state */
+	dpvs.dp_vs_conn_put_no_reset(conn);
+	return handler(conn) == DTIMER_STOP;
+}
+
+static void fill(void *conn, const struct agent_record *r)
+{
+	struct timeval *timeout = AT(conn, dp_vs_conn, timeout);
+	uint16_t flags = get16(AT(conn, dp_vs_conn, flags));
+
+	memcpy(AT(conn, dp_vs_conn, fnat_seq), &r->fnat, sizeof(r->fnat));
+	memcpy(AT(conn, dp_vs_conn, syn_proxy_seq), &r->sp, sizeof(r->sp));
+	put32(AT(conn, dp_vs_conn, rs_end_seq), r->rs_end_seq);
+	put32(AT(conn, dp_vs_conn, rs_end_ack), r->rs_end_ack);
+	put8(AT(conn, dp_vs_conn, wscale_vs), r->wscale_vs);
+	put8(AT(conn, dp_vs_conn, wscale_rs), r->wscale_rs);
+	put8(AT(conn, dp_vs_conn, pp_version), r->pp_version);
+	put8(AT(conn, dp_vs_conn, pp_sent), r->pp_sent);
+	put16(AT(conn, dp_vs_conn, state), TCP_SYNACK);
+	put16(AT(conn, dp_vs_conn, old_state), TCP_SYNACK);
+	/* after dp_vs_conn_new: with SYNPROXY among its arguments it would parse a packet that is not there */
+	flags = (flags & ~F_SYNPROXY) | (r->flags & F_SYNPROXY) | F_INACTIVE;
+	put16(AT(conn, dp_vs_conn, flags), flags);
+	timeout->tv_sec = r->timeout_ms / 1000 ? r->timeout_ms / 1000 : 1;
+	timeout->tv_usec = 0;
+	dpvs.dp_vs_conn_put(conn); /* restarts its timer with this timeout, drops our reference */
+}
+
+/* The local port's entry in this worker's pool; NULL and a code where it cannot be had. */
+static void *free_port(const struct agent_record *r, void *laddr, uint8_t *code, struct list_head **free_list)
+{
+	void *ifa, *pool, *bucket, *entry;
+	uint32_t address, port = ntohs(r->lport);
+	unsigned shift, hash_size;
+
+	ifa = dpvs.inet_addr_ifa_get(r->af_out, getp(AT(laddr, dp_vs_laddr, iface)), (void *)(uintptr_t)r->laddr);
+	if (!ifa) {
+		*code = CODE_NO_LADDR;
+		return NULL;
+	}
+	if (get32(AT(ifa, inet_ifaddr, af)) != r->af_out ||
+	    !address_equal(r->af_out, AT(ifa, inet_ifaddr, addr), r->laddr)) {
+		dpvs.inet_addr_ifa_put(ifa);
+		*code = poison("the interface address of a local address is not where the layout says");
+		return NULL;
+	}
+	pool = getp(AT(ifa, inet_ifaddr, sa_pool));
+	dpvs.inet_addr_ifa_put(ifa); /* the address list of this worker still holds it */
+	if (!pool) {
+		*code = CODE_NO_LADDR;
+		return NULL;
+	}
+	hash_size = get8(AT(pool, sa_pool, pool_hash_sz));
+	if (getp(AT(pool, sa_pool, ifa)) != ifa || hash_size == 0 || hash_size > 128) {
+		*code = poison("the port pool of a local address is not where the layout says");
+		return NULL;
+	}
+	if (port < get16(AT(pool, sa_pool, low)) || port > get16(AT(pool, sa_pool, high))) {
+		*code = CODE_BAD_RECORD;
+		return NULL;
+	}
+	/* DPVS 1.10.2, src/sa_pool.c: sa_pool_hash */
+	memcpy(&address, r->daddr, 4);
+	bucket = (char *)getp(AT(pool, sa_pool, pool_hash)) +
+		 SIZE_OF(sa_entry_pool) * (((ntohl(address) & 0xffff) + ntohs(r->dport)) % hash_size);
+	shift = get16(AT(bucket, sa_entry_pool, shift));
+	if (shift > 6) {
+		*code = poison("a port pool has a shift of %u", shift);
+		return NULL;
+	}
+	if ((port >> shift) >= (65536u >> shift)) {
+		*code = CODE_BAD_RECORD;
+		return NULL;
+	}
+	entry = (char *)getp(AT(bucket, sa_entry_pool, sa_entries)) + SIZE_OF(sa_entry) * (port >> shift);
+	if (get16(AT(entry, sa_entry, port)) != r->lport) {
+		*code = CODE_WRONG_WORKER;
+		return NULL;
+	}
+	if (!address_equal(r->af_out, AT(entry, sa_entry, addr), r->laddr)) {
+		*code = poison("an entry of a port pool does not carry its pool's address");
+		return NULL;
+	}
+	if (get32(AT(entry, sa_entry, flags)) & SA_F_USED) {
+		*code = CODE_PORT_BUSY;
+		return NULL;
+	}
+	*free_list = AT(bucket, sa_entry_pool, free_enties);
+	return AT(entry, sa_entry, list);
+}
+
+static void move_to_head(struct list_head *entry, struct list_head *list)
+{
+	entry->prev->next = entry->next;
+	entry->next->prev = entry->prev;
+	entry->next = list->next;
+	entry->prev = list;
+	list->next->prev = entry;
+	list->next = entry;
+}
+
+static uint8_t create(const struct agent_record *r, unsigned lcore)
+{
+	static __thread uint64_t packet[64], iph[8], param[8]; /* never parsed for FullNAT with ct_dport set */
+	struct list_head *node, *entry, *free_list, *saved_next, fake;
+	void *svc, *dest, *laddr = NULL, *conn, *saved_curr;
+	unsigned i, limit;
+	uint8_t code = 0;
+
+	svc = dpvs.dp_vs_service_lookup(r->af, r->proto, r->vaddr, r->vport, 0, NULL, NULL, (uint8_t)lcore);
+	if (!svc)
+		return CODE_NO_SERVICE;
+	if (get32(AT(svc, dp_vs_service, af)) != r->af || get8(AT(svc, dp_vs_service, proto)) != r->proto)
+		return poison("a service is not laid out as expected");
+	dest = dpvs.dp_vs_dest_lookup(r->af_out, svc, r->daddr, r->dport);
+	if (!dest)
+		return CODE_NO_DEST;
+	if (getp(AT(dest, dp_vs_dest, svc)) != svc || get16(AT(dest, dp_vs_dest, port)) != r->dport ||
+	    !address_equal(r->af_out, AT(dest, dp_vs_dest, addr), r->daddr))
+		return poison("a real server is not laid out as expected");
+	if (get32(AT(dest, dp_vs_dest, fwdmode)) != FWD_FNAT)
+		return CODE_MODE_MISMATCH;
+	limit = get32(AT(dest, dp_vs_dest, max_conn));
+	if (limit && get32(AT(dest, dp_vs_dest, actconns)) + get32(AT(dest, dp_vs_dest, inactconns)) >= limit)
+		return CODE_OVERLOAD;
+
+	limit = get32(AT(svc, dp_vs_service, num_laddrs));
+	if (limit > MAX_LADDRS)
+		return poison("a service has %u local addresses", limit);
+	node = ((struct list_head *)AT(svc, dp_vs_service, laddr_list))->next;
+	for (i = 0; i < limit && node != AT(svc, dp_vs_service, laddr_list); i++, node = node->next) {
+		laddr = (char *)node - config.offsets[OFF_dp_vs_laddr_list];
+		if (get32(AT(laddr, dp_vs_laddr, af)) == r->af_out &&
+		    address_equal(r->af_out, AT(laddr, dp_vs_laddr, addr), r->laddr))
+			break;
+		laddr = NULL;
+	}
+	if (!laddr)
+		return CODE_NO_LADDR;
+	entry = free_port(r, laddr, &code, &free_list);
+	if (!entry)
+		return code;
+
+	/* DPVS takes the head of the free list of the next local address in the round (sa_pool_fetch, __get_laddr, which
+	 * may step twice): make both the ones we want, let dp_vs_conn_new choose as ever, and put the round back. */
+	move_to_head(entry, free_list);
+	saved_curr = getp(AT(svc, dp_vs_service, laddr_curr));
+	saved_next = node->next;
+	fake.next = fake.prev = node;
+	node->next = node;
+	putp(AT(svc, dp_vs_service, laddr_curr), &fake);
+	put32(AT(param, dp_vs_conn_param, af), r->af);
+	put8(AT(param, dp_vs_conn_param, proto), r->proto);
+	putp(AT(param, dp_vs_conn_param, caddr), (void *)(uintptr_t)r->caddr);
+	putp(AT(param, dp_vs_conn_param, vaddr), (void *)(uintptr_t)r->vaddr);
+	put16(AT(param, dp_vs_conn_param, cport), r->cport);
+	put16(AT(param, dp_vs_conn_param, vport), r->vport);
+	put16(AT(param, dp_vs_conn_param, ct_dport), r->dport);
+	conn = dpvs.dp_vs_conn_new(packet, iph, param, dest, F_INJECTED);
+	node->next = saved_next;
+	putp(AT(svc, dp_vs_service, laddr_curr), saved_curr);
+	if (!conn)
+		return CODE_NO_MEMORY;
+	if (!same_local_side(conn, r) || getp(AT(conn, dp_vs_conn, dest)) != dest ||
+	    getp(AT(conn, dp_vs_conn, local)) != laddr || get8(AT(conn, dp_vs_conn, proto)) != r->proto ||
+	    !address_equal(r->af, AT(conn, dp_vs_conn, caddr), r->caddr) ||
+	    !address_equal(r->af, AT(conn, dp_vs_conn, vaddr), r->vaddr) ||
+	    !(get16(AT(conn, dp_vs_conn, flags)) & F_INJECTED)) {
+		end_silently(conn);
+		return poison("a session that DPVS made for us is not the one we asked for");
+	}
+	fill(conn, r);
+	return CODE_CREATED;
+}
+
+uint8_t upsert_session(const struct agent_record *r, unsigned lcore)
+{
+	int direction;
+	void *conn = find(r, &direction);
+
+	if (conn) {
+		if (direction != 0 || !(get16(AT(conn, dp_vs_conn, flags)) & F_INJECTED)) {
+			dpvs.dp_vs_conn_put_no_reset(conn);
+			return CODE_FOREIGN;
+		}
+		if (is_live(conn)) {
+			dpvs.dp_vs_conn_put_no_reset(conn);
+			return CODE_LIVE;
+		}
+		if (same_local_side(conn, r)) {
+			fill(conn, r);
+			return CODE_UPDATED;
+		}
+		if (!end_silently(conn)) /* the client's port has a new session behind it */
+			return CODE_BUSY;
+	}
+	return create(r, lcore);
+}
+
+uint8_t delete_session(const struct agent_record *r)
+{
+	int direction;
+	void *conn = find(r, &direction);
+
+	if (!conn)
+		return CODE_ABSENT;
+	if (direction != 0 || !(get16(AT(conn, dp_vs_conn, flags)) & F_INJECTED)) {
+		dpvs.dp_vs_conn_put_no_reset(conn);
+		return CODE_FOREIGN;
+	}
+	if (!same_local_side(conn, r)) { /* a later session of the same client port */
+		dpvs.dp_vs_conn_put_no_reset(conn);
+		return CODE_ABSENT;
+	}
+	if (is_live(conn)) {
+		dpvs.dp_vs_conn_put_no_reset(conn);
+		return CODE_LIVE;
+	}
+	return end_silently(conn) ? CODE_DELETED : CODE_BUSY;
+}
