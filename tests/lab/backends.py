@@ -9,6 +9,7 @@ Prints "ready" once everything listens. Runs in the server's namespace until it 
 import asyncio
 import resource
 import sys
+from typing import cast
 
 PAGE = b"hello from the real server\n"
 RESPONSE = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%s" % (len(PAGE), PAGE)
@@ -42,8 +43,7 @@ class UdpEcho(asyncio.DatagramProtocol):
     transport: asyncio.DatagramTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self.transport = transport
+        self.transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         self.transport.sendto(data, addr)

@@ -2,7 +2,7 @@
 """Network namespaces, veth pairs and one bridge, by netlink.
 
 Rules: every namespace belongs to one ``Network`` and carries its prefix; ``close`` removes them all, which removes the
-links in them as well. Nothing outside these namespaces is touched. The topology, N being the second byte of all addresses::
+links in them as well. Nothing outside these namespaces is touched. N is the second byte of all addresses::
 
     client v0 10.N.0.10 --+
     server v0 10.N.0.20-.23 (and 10.N.1.101 on lo, for direct routing) --+-- bridge in namespace "sw"

@@ -133,3 +133,8 @@ def sweep() -> list[str]:
         _give_back(directory)
         swept.append(directory.name)
     return swept
+
+
+if __name__ == "__main__":
+    for left_behind in sweep():
+        print(f"swept what {left_behind} left behind")

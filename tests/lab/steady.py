@@ -74,11 +74,9 @@ class Steady:
         await asyncio.wait([waiter], timeout=options.opening + 1)
         waiter.cancel()
         print("ready", flush=True)
-        try:
-            await asyncio.wait_for(self._over.wait(), options.seconds)
-        except TimeoutError:
-            self._over.set()
+        end = asyncio.get_running_loop().call_later(options.seconds, self._over.set)
         await asyncio.gather(*tasks)
+        end.cancel()
         return self.report
 
     def _settled(self) -> None:

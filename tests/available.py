@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which parts of the machine are there: each check gives None, or the reason why not."""
+
+import ctypes
+import importlib
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TWIN = ROOT / "build" / "twin" / "dpvs-twin"
+SYS_BPF = 321
+BPF_MAP_CREATE = 0
+BPF_MAP_TYPE_ARRAY = 2
+
+
+def _root() -> str | None:
+    return None if os.geteuid() == 0 else "needs root"
+
+
+def netns() -> str | None:
+    if reason := _root():
+        return reason
+    child = os.fork()
+    if child == 0:
+        new_net = 0x40000000
+        os._exit(0 if ctypes.CDLL(None).unshare(new_net) == 0 else 1)
+    return None if os.waitpid(child, 0)[1] == 0 else "network namespaces cannot be made here"
+
+
+def bpf() -> str | None:
+    if reason := _root():
+        return reason
+    try:
+        importlib.import_module("bcc")
+    except (ImportError, OSError) as error:
+        return f"bcc cannot be imported: {error}"
+    libc = ctypes.CDLL(None, use_errno=True)
+    attributes = ctypes.create_string_buffer(struct.pack("=IIII", BPF_MAP_TYPE_ARRAY, 4, 8, 1), 128)
+    descriptor = libc.syscall(SYS_BPF, BPF_MAP_CREATE, attributes, ctypes.sizeof(attributes))
+    if descriptor < 0:
+        return f"bpf() is refused: {os.strerror(ctypes.get_errno())}"
+    os.close(descriptor)
+    return None
+
+
+def twin() -> str | None:
+    if reason := _root():
+        return reason
+    return None if os.access(TWIN, os.X_OK) else "the twin is not built: ./scripts/setup"
+
+
+def agent() -> str | None:
+    if reason := _root():
+        return reason
+    return None if (ROOT / "probes/agent/agent.so").exists() else "the agent is not compiled: ./scripts/setup"
+
+
+def vm() -> str | None:
+    return None if shutil.which("qemu-system-x86_64") else "no qemu-system-x86_64"
+
+
+def dpvs() -> str | None:
+    if reason := _root():
+        return reason
+    from tests.lab.process import LabError
+    from tests.lab.real import binary
+
+    try:
+        return None if binary() else "DPVS_BIN and DPVS_TOOLS name no real DPVS"
+    except LabError as error:
+        return str(error)
+
+
+CHECKS: dict[str, Callable[[], str | None]] = {
+    "netns": netns,
+    "bpf": bpf,
+    "twin": twin,
+    "agent": agent,
+    "vm": vm,
+    "dpvs": dpvs,
+}
