@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The drain loop: from what the probes and the pool show to one current table.
+
+Rules:
+- An event only says "look at this slot". What the session is now is read from the pool; what the event adds is that a
+  creation or an end happened, when, and on which worker.
+- Whatever a look leaves open is looked at again on the next tick: torn reads, sessions announced but not hashed yet
+  (DPVS calls the create point before it hashes), sessions that seem gone without an event (DPVS takes a busy session
+  out of its hash and puts it back, ``dp_vs_conn_expire``), and young TCP sessions that have not finished their
+  handshake, whose state and sequence delta nothing announces.
+- The scan walks the whole pool in slices. It finds what was there before us, what an event was lost for, and what
+  changes without one: states, sequence fields, and a client port that got its TIME_WAIT session back.
+- A new generation: the slot was free; or its tuple is another; or an event later than the row's birth says that a
+  session was made or freed there. The same tuple with other sequence numbers and no event is an update.
+- Sessions with flag INJECTED are copies that we put in for a peer: counted, never in the table. Sessions of one packet
+  are never hashed by DPVS, so they do not get in either.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .record import (
+    AF_INET,
+    AF_INET6,
+    HASHED,
+    INJECTED,
+    NONE,
+    ONE_PACKET,
+    SYN_RECV,
+    SYN_SENT,
+    SYNACK,
+    TCP,
+    UNKNOWN_WORKER,
+    Bools,
+    Records,
+    Slots,
+    from_conns,
+)
+from .table import NO_SLOTS, Applied, Bytes, SessionTable, Times
+
+CREATE, FREE = 1, 2  # EVENT kind
+NOTHING = Applied(NO_SLOTS, NO_SLOTS, NO_SLOTS)
+
+MS, SECOND = 1_000_000, 1_000_000_000
+
+
+_COUNTERS = (
+    "events", "events_created", "events_freed", "events_unknown_slot", "events_lost", "full_scans",
+    "reads", "reads_torn", "created", "updated", "deleted", "renewed_by_event", "found_by_scan",
+    "one_packet", "never_hashed", "malformed", "scan_passes", "scan_late",
+)  # fmt: skip
+
+
+class Pool(Protocol):
+    """The session pool of the process, as ``probes.memory.SessionPool`` shows it."""
+
+    slots: int
+
+    def slot_of(self, addresses: npt.NDArray[np.uint64]) -> Slots:
+        """Slots of n object addresses; -1 where there is no object."""
+
+    def read(self, slots: Slots) -> tuple[Records, Bools]:
+        """Sessions in n slots and whether each was read whole (not while DPVS wrote it)."""
+
+    def live(self, slots: Slots) -> Bools:
+        """Quick look: which of n slots hold a hashed session."""
+
+
+class Ring(Protocol):
+    """The ring buffer of the probe program: ``probes.ring.Ring``."""
+
+    def drain(self, maximum: int) -> Records:
+        """Up to ``maximum`` events that came since the last call, oldest first; dtype EVENT."""
+
+
+class Settings:
+    """How often and how much. Times in ns."""
+
+    def __init__(
+        self,
+        *,
+        pass_small_ns: int = 100 * MS,
+        pass_large_ns: int = SECOND,
+        small_slots: int = 1 << 16,
+        slice_slots: int = 1 << 16,
+        young_ns: int = 3 * SECOND,
+        young_each_tick: int = 1 << 14,
+        drain_events: int = 1 << 15,
+        slice_least: int = 1 << 12,
+        copies_each: int = 4,
+    ) -> None:
+        self.pass_small_ns = pass_small_ns  # one walk over a pool of up to small_slots
+        self.pass_large_ns = pass_large_ns  # one walk over any larger pool
+        self.small_slots = small_slots
+        self.slice_slots = slice_slots  # looked at in one go, at most
+        self.young_ns = young_ns  # how long a slot is looked at each tick at most
+        self.young_each_tick = young_each_tick  # looks a tick that no event asked for, at most
+        self.drain_events = drain_events  # taken from the ring a tick, at most
+        self.slice_least = slice_least  # less than that is not worth a look
+        self.copies_each = copies_each  # our own copies are read on every so-manieth walk
+
+
+class Collector:
+    """Keeps ``table`` equal to the sessions of one process. One thread; ``tick`` and ``scan`` called in turn."""
+
+    # Notes on a slot, between two looks at it.
+    _WATCHED = 1  # in the watch list
+    _HEARD = 2  # an event of this tick named it
+    _CHANGED = 4  # an event later than the row's birth: the row's session has ended
+    _AWAITED = 8  # the last event was a creation: it will be hashed soon
+    _DOUBTED = 16  # seemed gone at the last look, without an event
+    _COPY = 32  # held a copy of ours when last read
+
+    def __init__(
+        self,
+        pool: Pool,
+        ring: Ring | None,
+        table: SessionTable,
+        *,
+        modes: Mapping[int, int],
+        workers: Mapping[int, int] | None = None,
+        lost: Callable[[], int] | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        """``ring``: None when the scan works alone; ``modes``: address of ``dp_vs_xmit_*`` -> forwarding mode;
+        ``workers``: thread id -> lcore; ``lost``: how many events the program could not put into the ring so far.
+        """
+        self.settings = settings or Settings()
+        self.table = table
+        self.copies = 0  # slots that held a copy of ours when last read
+        self._pool, self._ring, self._modes = pool, ring, dict(modes)
+        self._lost = lost
+        self._lost_before = lost() if lost else 0
+        self.set_workers(workers or {})
+        slots = pool.slots
+        self._notes: Bytes = np.zeros(slots, np.uint8)
+        self._since_ns: Times = np.zeros(slots, np.int64)  # first event not acted on yet; 0 without one
+        self._until_ns: Times = np.zeros(slots, np.int64)  # a young session is looked at each tick until then
+        self._lcore: Bytes = np.full(slots, UNKNOWN_WORKER, np.uint8)  # from a creation not acted on yet
+        self._watch: Slots = NO_SLOTS  # slots with _WATCHED, each once, longest not looked at first
+        self._order = np.zeros(slots, np.int32)  # scratch to find the last mention of a slot
+        self._cursor = 0
+        self._hurry = slots  # slots still to scan without pause
+        self._passes = 0
+        self._pass_began_ns: int | None = None
+        self.behind = False  # the last tick left events in the ring
+        self.counters: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
+
+    def set_workers(self, workers: Mapping[int, int]) -> None:
+        """Which thread is which lcore."""
+        tids = sorted(workers)
+        self._tids = np.array(tids, np.uint32)
+        self._lcores = np.array([workers[tid] for tid in tids], np.uint8)
+
+    @property
+    def watching(self) -> int:
+        """Slots that the next tick looks at even without an event."""
+        return len(self._watch)
+
+    def tick(self, now_ns: int) -> Applied:
+        """Drain the ring, and look at what the events named and at what the last looks left open."""
+        heard = self._hear()
+        self._count_lost()
+        waiting = self._watch
+        if len(heard):
+            waiting = waiting[(self._notes[waiting] & self._HEARD) == 0]
+            self._notes[heard] &= np.uint8(0xFF ^ self._HEARD)
+        room = self.settings.young_each_tick
+        slots = np.concatenate((heard, waiting[:room]))
+        if len(slots) == 0:
+            return NOTHING
+        applied, keep = self._look(slots, now_ns)
+        self._notes[slots] &= np.uint8(0xFF ^ self._WATCHED)
+        self._notes[keep] |= np.uint8(self._WATCHED)
+        self._watch = np.concatenate((waiting[room:], keep))
+        return applied
+
+    def scan(self, now_ns: int) -> Applied:
+        """Look at the next slice of the pool, if it is due."""
+        end = min(self._slice_end(now_ns), self._cursor + self.settings.slice_slots)
+        if end <= self._cursor:
+            return NOTHING
+        applied = self._scan_to(end, now_ns)
+        if self._cursor == self._pool.slots:
+            self._cursor = 0
+            self._passes += 1
+            self.counters["scan_passes"] += 1
+            period = self._period_ns
+            began = self._pass_began_ns if self._pass_began_ns is not None else now_ns
+            if now_ns - began > period + period // 4:
+                self.counters["scan_late"] += 1
+            self._pass_began_ns = max(began + period, now_ns) if self._hurry == 0 else now_ns
+        return applied
+
+    def scan_all(self, now_ns: int) -> None:
+        """Look at the whole pool at once, from its first slot on."""
+        self._cursor, self._hurry = 0, self._pool.slots
+        while self._hurry:
+            self.scan(now_ns)
+
+    def scan_soon(self) -> None:
+        """From here on once around the pool without pause: something may have been missed."""
+        self._hurry = self._pool.slots
+        self.counters["full_scans"] += 1
+
+    @property
+    def _period_ns(self) -> int:
+        settings = self.settings
+        return settings.pass_small_ns if self._pool.slots <= settings.small_slots else settings.pass_large_ns
+
+    def _slice_end(self, now_ns: int) -> int:
+        """Where the walk should be by now; the cursor itself when too little is due to be worth a call."""
+        slots = self._pool.slots
+        if self._hurry:
+            return min(slots, self._cursor + self._hurry)
+        if self._pass_began_ns is None:
+            self._pass_began_ns = now_ns
+        due = min(slots, slots * max(0, now_ns - self._pass_began_ns) // self._period_ns)
+        return due if due == slots or due - self._cursor >= self.settings.slice_least else self._cursor
+
+    def _scan_to(self, end: int, now_ns: int) -> Applied:
+        slots = np.arange(self._cursor, end, dtype=np.int64)
+        part = slice(self._cursor, end)
+        thorough = self._hurry > 0 or self._passes % self.settings.copies_each == 0
+        live = self._pool.live(slots)
+        copies = (self._notes[part] & self._COPY) != 0
+        look = live | self.table.present[part] | copies
+        if not thorough:  # a copy that is still hashed is most likely still a copy
+            look &= ~(copies & live)
+        applied = NOTHING
+        slots = slots[look]
+        if len(slots):
+            applied, keep = self._look(slots, now_ns)
+            keep = keep[(self._notes[keep] & self._WATCHED) == 0]
+            self._notes[keep] |= np.uint8(self._WATCHED)
+            self._watch = np.concatenate((self._watch, keep))
+            self.counters["found_by_scan"] += len(applied.created)
+        if self._hurry:
+            self._hurry -= end - self._cursor
+            if self._hurry == 0:
+                self.table.complete = True
+        self._cursor = end
+        return applied
+
+    def _hear(self) -> Slots:
+        """Take events from the ring and note what they say; the distinct slots they name, with _HEARD set."""
+        if self._ring is None:
+            return NO_SLOTS
+        events = self._ring.drain(self.settings.drain_events)
+        self.behind = len(events) >= self.settings.drain_events
+        if len(events) == 0:
+            return NO_SLOTS
+        slots = self._pool.slot_of(events["conn"])
+        inside = slots >= 0
+        self.counters["events"] += len(events)
+        if not inside.all():
+            self.counters["events_unknown_slot"] += int(np.count_nonzero(~inside))
+            slots, events = slots[inside], events[inside]
+        times = events["time_ns"].astype(np.int64)
+        created = events["kind"] == CREATE
+        self.counters["events_created"] += int(np.count_nonzero(created))
+        self.counters["events_freed"] += int(np.count_nonzero(~created))
+        later = times > self.table.born_ns[slots]
+
+        # Assigning to a slot that stands several times in an index leaves the last one's value.
+        ordinals = np.arange(len(slots), dtype=np.int32)
+        self._order[slots] = ordinals
+        last = self._order[slots] == ordinals
+        unset = self._since_ns[slots] == 0
+        self._since_ns[slots[unset][::-1]] = times[unset][::-1]
+        self._lcore[slots[created]] = self._lcores_of(events["tid"][created])
+        self._notes[slots[later]] |= np.uint8(self._CHANGED)
+        heard: Slots = slots[last]
+        notes = self._notes[heard] & np.uint8(0xFF ^ self._AWAITED)
+        notes[(created & later)[last]] |= np.uint8(self._AWAITED)
+        self._notes[heard] = notes | np.uint8(self._HEARD)
+        return heard
+
+    def _lcores_of(self, tids: npt.NDArray[np.uint32]) -> Bytes:
+        if len(self._tids) == 0:
+            return np.full(len(tids), UNKNOWN_WORKER, np.uint8)
+        at = np.minimum(np.searchsorted(self._tids, tids), len(self._tids) - 1)
+        return np.where(self._tids[at] == tids, self._lcores[at], UNKNOWN_WORKER).astype(np.uint8)
+
+    def _count_lost(self) -> None:
+        if self._lost is None:
+            return
+        lost = self._lost()
+        if lost != self._lost_before:
+            self.counters["events_lost"] += lost - self._lost_before
+            self._lost_before = lost
+            self.scan_soon()
+
+    def _look(self, slots: Slots, now_ns: int) -> tuple[Applied, Slots]:
+        """Bring distinct slots into the table; which of them have to be looked at again on the next tick."""
+        count = self.counters
+        conns, whole = self._pool.read(slots)
+        count["reads"] += len(slots)
+        torn = NO_SLOTS
+        if not whole.all():
+            torn = slots[~whole]
+            count["reads_torn"] += len(torn)
+            slots, conns = slots[whole], conns[whole]
+        records = from_conns(conns, slots, self._modes)
+        flags = records["flags"]
+        hashed = (flags & HASHED) != 0
+        copy = hashed & ((flags & INJECTED) != 0)
+        known_af = ((records["af"] == AF_INET) | (records["af"] == AF_INET6)) & (
+            (records["af_out"] == AF_INET) | (records["af_out"] == AF_INET6)
+        )
+        valid = hashed & ~copy & known_af
+        count["malformed"] += int(np.count_nonzero(hashed & ~known_af))
+
+        notes = self._notes[slots]
+        present = self.table.present[slots]
+        gone = present & ~valid
+        sure = gone & (copy | ((notes & (self._CHANGED | self._DOUBTED)) != 0))
+        doubtful = gone & ~sure
+        awaited = ~valid & ~copy & ((notes & self._AWAITED) != 0)
+        one_packet = awaited & ((flags & ONE_PACKET) != 0)
+        count["one_packet"] += int(np.count_nonzero(one_packet))
+        awaited &= ~one_packet
+        overdue = awaited & (now_ns - self._since_ns[slots] > self.settings.young_ns)
+        count["never_hashed"] += int(np.count_nonzero(overdue))
+        awaited &= ~overdue
+
+        applied = NOTHING
+        decided = np.flatnonzero(valid | sure)
+        if len(decided):
+            at = slots[decided]
+            renewed = (notes[decided] & self._CHANGED) != 0
+            since = self._since_ns[at]
+            since[since == 0] = now_ns
+            applied = self.table.apply(
+                at, records[decided], valid[decided], now_ns, renewed=renewed, since_ns=since, worker=self._lcore[at]
+            )
+            count["renewed_by_event"] += int(np.count_nonzero(renewed & present[decided] & valid[decided]))
+            count["created"] += len(applied.created)
+            count["updated"] += len(applied.updated)
+            count["deleted"] += len(applied.deleted)
+            for changed in (applied.created, applied.updated):
+                self._until_ns[changed] = now_ns + self.settings.young_ns
+        young = valid & (self._until_ns[slots] > now_ns) & _unsettled(records)
+
+        self.copies += int(np.count_nonzero(copy)) - int(np.count_nonzero(notes & self._COPY))
+        left = notes & np.uint8(self._WATCHED)
+        left[copy] |= np.uint8(self._COPY)
+        left[doubtful] |= np.uint8(self._DOUBTED)
+        left[awaited] |= np.uint8(self._AWAITED)
+        self._notes[slots] = left
+        over = slots[~awaited]
+        self._since_ns[over] = 0
+        self._lcore[over] = UNKNOWN_WORKER
+        keep = slots[young | doubtful | awaited]
+        return applied, np.concatenate((keep, torn)) if len(torn) else keep
+
+
+def _unsettled(records: Records) -> Bools:
+    """Sessions whose state or sequence delta will change at any moment without an event."""
+    states = records["state"]
+    handshake = (states == NONE) | (states == SYN_SENT) | (states == SYN_RECV) | (states == SYNACK)
+    # The first segment to the real server carries the PROXY header and moves the delta (proto_tcp.c: tcp_in_add_toa).
+    header_due = (records["pp_version"] != 0) & (records["pp_sent"] == 0)
+    return np.asarray((records["proto"] == TCP) & (handshake | header_due))

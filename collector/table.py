@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The session table: what this DPVS holds now, by slot, and what each peer has not been told yet.
+
+Rules:
+- One row per slot of the session pool, structures of arrays, no object per session. A session is named by its slot and
+  generation; a slot that is used again gets the next generation (1, 2, ...; 0 means never used).
+- The table holds state, not history. A change marks its slot dirty for every peer; who takes a dirty slot reads the
+  row as it is then. A session that came and went in between costs nothing, and memory is bounded by the pool.
+- A row is stored when it is new or has changed (``record.changed``); what moves with every packet does not touch it.
+  So a peer that was told everything holds exactly these rows.
+- Templates and sessions of one packet stand in the table but are not shared with peers (``record.replicable``).
+- ``freeze()`` stops all change for good: sessions of a process that died are not sessions that ended.
+"""
+
+from collections import deque
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .record import RECORD, UNKNOWN_WORKER, WORDS, Bools, Records, Slots, Words, differences, digest, replicable, words
+
+_WINDOW = 1 << 16  # marks looked at in one step for what a full sync owes
+_ROW = np.dtype(f"V{RECORD.itemsize}")
+BLOCK = 2048  # rows compared at once: old, new and their difference stay in the processor's cache
+
+Times = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+NO_SLOTS: Slots = np.empty(0, np.int64)
+
+
+class Applied(NamedTuple):
+    """What one ``apply`` changed: distinct slots, each in at most one of the three."""
+
+    created: Slots
+    updated: Slots
+    deleted: Slots
+
+
+class Taken(NamedTuple):
+    """Marks taken from a ``Dirty``: n distinct slots."""
+
+    slots: Slots
+    since_ns: Times  # of the oldest change behind the mark; 0 where there was none, only a full sync
+    fresh: Bools  # the taker may never have heard of this generation
+
+
+class Dirty:
+    """The slots one reader (a peer's sender, an injector) has to look at again.
+
+    Two kinds of mark: a *change*, handed out first and in order of arrival, and *owed*, a full sync, handed out in
+    order of slots beside the changes. A slot is handed out once for both. Memory: 9 bytes a slot and 8 a waiting
+    change.
+    """
+
+    _CHANGE, _OWED, _FRESH = 1, 2, 4
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.owed = 0  # slots that a full sync has still to hand out
+        self._marks: Bytes = np.zeros(slots, np.uint8)
+        self._since_ns: Times = np.zeros(slots, np.int64)
+        self._queue: deque[Slots] = deque()
+        self._changes = 0
+        self._cursor = 0
+        self._overlap = 0  # slots with both kinds of mark
+
+    @property
+    def pending(self) -> int:
+        """Slots to hand out."""
+        return self._changes + self.owed - self._overlap
+
+    @property
+    def changes(self) -> int:
+        """Slots to hand out because they changed."""
+        return self._changes
+
+    @property
+    def oldest_ns(self) -> int | None:
+        """Time of the change that waits at the head of the queue; None when no change waits."""
+        return int(self._since_ns[self._queue[0][0]]) if self._queue else None
+
+    def mark(self, slots: Slots, since_ns: Times | int = 0, fresh: Bools | bool = True) -> None:
+        """Slots (distinct) have changed at ``since_ns``; ``fresh`` where the change is a new generation."""
+        if len(slots) == 0:
+            return
+        before = self._marks[slots]
+        self._marks[slots] = before | np.where(fresh, np.uint8(self._CHANGE | self._FRESH), np.uint8(self._CHANGE))
+        since = np.broadcast_to(np.asarray(since_ns, np.int64), slots.shape)
+        waits = (before & self._CHANGE) != 0
+        if waits.any():
+            again = slots[waits]
+            self._since_ns[again] = np.minimum(self._since_ns[again], since[waits])
+            added = ~waits
+            slots, since, before = slots[added], since[added], before[added]
+            if len(slots) == 0:
+                return
+        self._since_ns[slots] = since
+        self._overlap += int(np.count_nonzero(before & self._OWED))
+        self._changes += len(slots)
+        self._queue.append(np.array(slots, np.int64))
+
+    def owe(self, present: Bools) -> None:
+        """A full sync: every slot where ``present`` (one flag a slot) is to be handed out once, from slot 0 on."""
+        self._marks &= np.uint8(0xFF ^ self._OWED)
+        self._marks[present] |= np.uint8(self._OWED)
+        self.owed = int(np.count_nonzero(present))
+        self._overlap = int(np.count_nonzero((self._marks & 3) == 3))
+        self._cursor = 0
+
+    def clear(self) -> None:
+        """Forget all marks."""
+        self._marks[:] = 0
+        self._queue.clear()
+        self.owed = self._changes = self._overlap = self._cursor = 0
+
+    def take(self, limit: int) -> Slots:
+        """Up to ``limit`` marked slots, their marks removed: changes first, but a quarter is kept for what is owed."""
+        return self.claim(limit).slots
+
+    def claim(self, limit: int) -> Taken:
+        """Like ``take``, with what the marks said."""
+        kept = min(self.owed - self._overlap, limit // 4)
+        changes = self._pop_changes(limit - kept)
+        marks = self._marks[changes]
+        since = self._since_ns[changes]
+        self._marks[changes] = 0
+        both = int(np.count_nonzero(marks & self._OWED))
+        self._changes -= len(changes)
+        self._overlap -= both
+        self.owed -= both
+        fresh = (marks & (self._OWED | self._FRESH)) != 0
+        if len(changes) == limit or self.owed == self._overlap:
+            return Taken(changes, since, fresh)
+        owed = self._pop_owed(limit - len(changes))
+        self._marks[owed] = 0
+        self.owed -= len(owed)
+        return Taken(
+            np.concatenate((changes, owed)),
+            np.concatenate((since, np.zeros(len(owed), np.int64))),
+            np.concatenate((fresh, np.ones(len(owed), np.bool_))),
+        )
+
+    def _pop_changes(self, limit: int) -> Slots:
+        parts: list[Slots] = []
+        while limit > 0 and self._queue:
+            head = self._queue.popleft()
+            if len(head) > limit:
+                self._queue.appendleft(head[limit:])
+                head = head[:limit]
+            limit -= len(head)
+            parts.append(head)
+        return _joined(parts)
+
+    def _pop_owed(self, limit: int) -> Slots:
+        """Owed slots that no change has in the queue."""
+        parts: list[Slots] = []
+        while limit > 0 and self._cursor < self.slots:
+            window = self._marks[self._cursor : self._cursor + _WINDOW] & (self._CHANGE | self._OWED)
+            found = np.flatnonzero(window == self._OWED)[:limit] + self._cursor
+            self._cursor = int(found[-1]) + 1 if len(found) == limit else self._cursor + len(window)
+            limit -= len(found)
+            parts.append(found)
+        return _joined(parts)
+
+
+def _joined(parts: list[Slots]) -> Slots:
+    if not parts:
+        return NO_SLOTS
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class SessionTable:
+    """All sessions of one DPVS, by slot. Arrays are read-only to others and valid as long as the table."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.complete = False  # set once a full scan has found all that was there before us
+        self.frozen = False
+        self._words = np.zeros((slots, WORDS), np.uint64)
+        self._rows = self._words.view(_ROW).reshape(slots)
+        self._scratch = np.empty((BLOCK, WORDS), np.uint64)
+        self.records: Records = self._words.view(RECORD).reshape(slots)
+        self.generation: npt.NDArray[np.uint32] = self.records["generation"]
+        self.worker: Bytes = self.records["worker"]
+        self.present: Bools = np.zeros(slots, np.bool_)
+        self.shared: Bools = np.zeros(slots, np.bool_)  # present, and peers are told
+        self.born_ns: Times = np.zeros(slots, np.int64)  # when this generation was first seen
+        self.count = 0
+        self.created = self.updated = self.deleted = 0
+        self._peers: dict[str, Dirty] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def add_peer(self, key: str) -> Dirty:
+        """Marks for one more peer, none set; a key that is there already gets its old one."""
+        return self._peers.setdefault(key, Dirty(self.slots))
+
+    def remove_peer(self, key: str) -> None:
+        """Nobody takes this peer's marks any more."""
+        self._peers.pop(key, None)
+
+    def freeze(self) -> None:
+        """Keep the table as it is from now on; ``apply`` does nothing more."""
+        self.frozen = True
+
+    def sessions(self) -> Records:
+        """All present records, (n,), by slot; a copy."""
+        return self.records[self.present]
+
+    def digest(self) -> int:
+        """``record.digest`` of all sessions that peers are told of; in quiet that of a peer's replica is equal."""
+        return digest(self.records[self.shared])
+
+    def apply(
+        self,
+        slots: Slots,
+        records: Records,
+        valid: Bools,
+        now_ns: int,
+        *,
+        renewed: Bools | None = None,
+        since_ns: Times | None = None,
+        worker: Bytes | None = None,
+    ) -> Applied:
+        """Make n rows what ``records`` say; ``slots`` are distinct.
+
+        ``valid``: the slot holds a session of ours (else it has ended, and its record is not looked at);
+        ``renewed``: it is known to be another session than the row's, even with the same tuple; ``since_ns``: when what
+        we see now happened, as far as known, else ``now_ns``; ``worker``: lcores, where UNKNOWN_WORKER leaves what is
+        known of the session.
+        """
+        if self.frozen or len(slots) == 0:
+            return Applied(NO_SLOTS, NO_SLOTS, NO_SLOTS)
+        new = words(records)
+        parts = [
+            self._apply_block(
+                slots[b],
+                new[b],
+                valid[b],
+                now_ns,
+                renewed=_part(renewed, b),
+                since_ns=_part(since_ns, b),
+                worker=_part(worker, b),
+            )
+            for b in (slice(start, start + BLOCK) for start in range(0, len(slots), BLOCK))
+        ]
+        applied = parts[0] if len(parts) == 1 else Applied(*(np.concatenate(c) for c in zip(*parts, strict=True)))
+        self.created += len(applied.created)
+        self.updated += len(applied.updated)
+        self.deleted += len(applied.deleted)
+        return applied
+
+    def _apply_block(
+        self,
+        slots: Slots,
+        new: Words,
+        valid: Bools,
+        now_ns: int,
+        *,
+        renewed: Bools | None,
+        since_ns: Times | None,
+        worker: Bytes | None,
+    ) -> Applied:
+        n = len(slots)
+        was = self.present[slots]
+        # Into scratch: fresh memory for each block would cost more in page faults than all the arithmetic.
+        old = self._words.take(slots, axis=0, out=self._scratch[:n], mode="clip")
+        generation = (old[:, 0] >> np.uint64(32)).astype(np.uint32)
+        lcore = ((old[:, 11] >> np.uint64(32)) & np.uint64(0xFF)).astype(np.uint8)
+        tuple_differs, differs = differences(old, new, out=old)
+        if renewed is not None:
+            tuple_differs |= renewed
+        both = was & valid
+        again = both & tuple_differs
+        same = both & ~tuple_differs
+        created = (valid & ~was) | again
+        if worker is None:
+            lcore[~same] = UNKNOWN_WORKER
+        else:
+            learned = (worker != UNKNOWN_WORKER) & (worker != lcore)
+            differs |= learned
+            lcore = np.where(learned | ~same, worker, lcore)
+        updated = same & differs
+        ended = was & ~valid
+
+        stored = np.flatnonzero(created | updated)
+        over = np.flatnonzero(ended)
+        if len(stored) + len(over) == 0:
+            return Applied(NO_SLOTS, NO_SLOTS, NO_SLOTS)
+        touched = np.concatenate((stored, over)) if len(over) else stored
+        at = slots[touched]
+        told = self.shared[at]
+        if len(stored):
+            rows = new.take(stored, axis=0, out=self._scratch[: len(stored)], mode="clip")
+            generation += created
+            generation[generation == 0] = 1  # after 2**32 sessions in one slot: 0 stays "never used"
+            self._store(at[: len(stored)], rows, generation[stored], lcore[stored])
+            self.born_ns[slots[created]] = now_ns
+        if len(over):
+            gone = at[len(stored) :]
+            self.present[gone] = False
+            self.shared[gone] = False
+        self.count += int(np.count_nonzero(created)) - int(np.count_nonzero(again)) - len(over)
+        if self._peers:
+            told |= self.shared[at]
+            since = np.full(len(at), now_ns, np.int64) if since_ns is None else since_ns[touched]
+            fresh = created[touched]
+            if not told.all():
+                at, since, fresh = at[told], since[told], fresh[told]
+            for dirty in self._peers.values():
+                dirty.mark(at, since, fresh)
+        return Applied(slots[created], slots[updated], slots[over])
+
+    def _store(self, slots: Slots, rows: Words, generation: npt.NDArray[np.uint32], lcore: Bytes) -> None:
+        records = rows.view(RECORD).reshape(len(slots))
+        records["slot"] = slots
+        records["generation"] = generation
+        records["worker"] = lcore
+        self._rows[slots] = rows.view(_ROW).reshape(len(slots))  # as opaque items: one copy a row, not one a word
+        self.present[slots] = True
+        self.shared[slots] = replicable(records)
+
+
+_T = TypeVar("_T", bound=np.generic)
+
+
+def _part(array: npt.NDArray[_T] | None, block: slice) -> npt.NDArray[_T] | None:
+    return None if array is None else array[block]
