@@ -8,6 +8,7 @@ services and where its counters are read; everything else is the same, and so ar
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -15,11 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from probes.control import ControlSocket
+from probes.layout import Layout
 from tests.lab.net import Network
 from tests.lab.process import LabError, Process, wait_for
 from tests.lab.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
+LAYOUT = "1.10.2"
+PROTOCOLS = {6: "tcp", 17: "udp"}
+SessionTuple = tuple[str, str, str, str, str]  # protocol, client, virtual, local, real server, each "address:port"
 COMMAND = Path(sys.executable).parent / "dpvs-probe"
 
 
@@ -166,13 +175,26 @@ class Node(ABC):
             page.unlink(missing_ok=True)
 
     # -- what it holds ----------------------------------------------------------------------------------------------
-    def sessions(self) -> Any:
-        """DPVS's own list (GET_CONN_ALL), one row a session."""
-        from probes.control import ControlSocket
-        from probes.layout import Layout
+    @property
+    def layout(self) -> Layout:
+        return Layout.load(LAYOUT)
 
-        layout = Layout.load("dpvs-1.10.2")
-        return ControlSocket(str(self.ipc), layout).sessions()
+    @property
+    def control(self) -> ControlSocket:
+        """Client of this node's control socket."""
+        return ControlSocket(str(self.ipc), self.layout)
+
+    def sessions(self) -> "npt.NDArray[np.void]":
+        """DPVS's own list (GET_CONN_ALL), one row a session."""
+        return self.control.sessions()
+
+    def tuples(self) -> set[SessionTuple]:
+        """The tuples of DPVS's own list."""
+        rows = self.sessions()
+        found = {_tuple(row) for row in rows}
+        if len(found) != len(rows):
+            raise LabError(f"node {self.name} lists {len(rows)} sessions but {len(found)} tuples")
+        return found
 
     # -- dpvs-probe -------------------------------------------------------------------------------------------------
     def probe(self, *arguments: str, wait: bool = True, timeout: float = 30) -> "Attached":
@@ -251,8 +273,22 @@ class Attached:
         assert isinstance(answer, list)
         return answer
 
+    def tuples(self) -> set[SessionTuple]:
+        """The tuples of this node's own sessions, as the table has them."""
+        rows = self.sessions("--origin", "own")
+        found = {(row["proto"], row["client"], row["virtual"], row["local"], row["real"]) for row in rows}
+        if len(found) != len(rows):
+            raise LabError(f"the table has {len(rows)} sessions but {len(found)} tuples")
+        return found
+
     def peers(self) -> Any:
         return self.ask("peers")
+
+    def pause(self) -> None:
+        self.process.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.signal(signal.SIGCONT)
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
         """End it cleanly; its exit status."""
@@ -262,3 +298,19 @@ class Attached:
     def close(self) -> None:
         if self.process.alive:
             self.process.stop()
+
+
+def _tuple(row: "np.void") -> SessionTuple:
+    ends = []
+    for family, address, port in (
+        ("in_af", "caddr", "cport"),
+        ("in_af", "vaddr", "vport"),
+        ("out_af", "laddr", "lport"),
+        ("out_af", "daddr", "dport"),
+    ):
+        raw = row[address].tobytes()
+        if row[family] == socket.AF_INET:
+            ends.append(f"{socket.inet_ntop(socket.AF_INET, raw[:4])}:{row[port]}")
+        else:
+            ends.append(f"[{socket.inet_ntop(socket.AF_INET6, raw)}]:{row[port]}")
+    return (PROTOCOLS.get(int(row["proto"]), str(row["proto"])), ends[0], ends[1], ends[2], ends[3])

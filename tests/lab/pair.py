@@ -166,10 +166,25 @@ class Pair:
         wait_for("steady ready", lambda: "ready" in process.output() or not process.alive, 40)
         return SteadyRun(process, connections)
 
-    def connect(self, port: int = 7, host: str | None = None, timeout: float = 5) -> socket.socket:
+    def connect(
+        self, port: int = 7, host: str | None = None, *, timeout: float = 5, source_port: int = 0
+    ) -> socket.socket:
         """One TCP connection from the client's namespace through the load balancer."""
         with self.network.inside("client"):
-            return socket.create_connection((host or self.plan.vip, port), timeout=timeout)
+            connection = socket.socket()
+        connection.settimeout(timeout)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        connection.bind((self.plan.client, source_port))
+        connection.connect((host or self.plan.vip, port))
+        return connection
+
+    def datagram(self, data: bytes, port: int = 53, timeout: float = 5) -> bytes:
+        """One UDP datagram from a port of its own; the answer."""
+        with self.network.inside("client"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect((self.plan.vip, port))
+            connection.send(data)
+            return connection.recv(65536)
 
     def request(self, timeout: float = 5) -> bytes:
         """One HTTP request; the body."""
