@@ -231,7 +231,7 @@ class Attached:
         self.log = node.directory / f"probe-{number}.log"
         self.process = Process(
             f"dpvs-probe on node {node.name}",
-            [COMMAND, "attach", "--pid", str(node.pid), *arguments],
+            [COMMAND, "attach", "--pid", str(node.pid), "--node", node.name, *arguments],
             self.log,
             enter=node.network.enter_in_child(node.name),
             env={"DPVS_PROBE_RUNDIR": str(node.run_directory)},
@@ -256,22 +256,22 @@ class Attached:
 
         wait_for(f"{self.process.name} answers ({self.log})", up, timeout, 0.1)
 
-    def ask(self, *arguments: str) -> Any:
-        """The parsed answer of ``dpvs-probe <arguments> --json``."""
-        done = self.node.command(*arguments, "--pid", str(self.node.pid), "--json")
+    def ask(self, command: str, *arguments: str) -> list[dict[str, Any]]:
+        """The answer of a ``dpvs-probe`` command with --json, one object a line."""
+        done = self.node.command(command, "--pid", str(self.node.pid), "--json", *arguments)
         if done.returncode != 0:
-            raise LabError(f"dpvs-probe {' '.join(arguments)}: {done.stderr.strip()}\n{self.process.tail()}")
-        return json.loads(done.stdout)
+            raise LabError(f"dpvs-probe {command}: {done.stderr.strip()}\n{self.process.tail()}")
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
     def status(self) -> dict[str, Any]:
-        answer = self.ask("status")
-        assert isinstance(answer, dict)
+        (answer,) = self.ask("status")
         return answer
 
     def sessions(self, *arguments: str) -> list[dict[str, Any]]:
-        answer = self.ask("sessions", *arguments)
-        assert isinstance(answer, list)
-        return answer
+        return self.ask("sessions", *arguments)
+
+    def peers(self) -> list[dict[str, Any]]:
+        return self.ask("peers")
 
     def tuples(self) -> set[SessionTuple]:
         """The tuples of this node's own sessions, as the table has them."""
@@ -280,9 +280,6 @@ class Attached:
         if len(found) != len(rows):
             raise LabError(f"the table has {len(rows)} sessions but {len(found)} tuples")
         return found
-
-    def peers(self) -> Any:
-        return self.ask("peers")
 
     def pause(self) -> None:
         self.process.signal(signal.SIGSTOP)

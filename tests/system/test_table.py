@@ -98,7 +98,7 @@ class TestEqual:
 @pytest.mark.pair(timeouts=SHORT)
 def test_ring_overflow_heals_within_two_scans(pair: Pair) -> None:
     """A ring far too small loses events; the scan makes the table right all the same."""
-    probe = pair.a.probe("--no-inject", "--ring-bytes", "4096")
+    probe = pair.a.probe("--no-inject", "--ring-pages", "1")
     with Churn(pair.network.path("client"), pair.plan.vip, 7) as churn:
         probe.pause()
         churn.open(PRIME)
