@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Layouts of DPVS's and DPDK's structs, as data.
+
+Rules: a struct is a size and fields of (offset, size) in bytes; a stock build carries no debug information, so these
+come from ``layouts/*.json``, one file per class of releases with the same structs. A layout is *chosen* by evidence
+that the process itself gives (its release number, the size of its session objects) and then *proven* on the live
+process (``probes.proof``) before anything relies on it. Pure: reads nothing but its own data files.
+"""
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Self
+
+from probes.errors import DpvsProbeError
+
+FORMAT = 1
+SESSION = "dp_vs_conn"
+_NAME = re.compile(r"^\w[\w.-]*$")
+
+
+class UnknownLayout(DpvsProbeError):
+    help_text = (
+        "The struct layout of this DPVS release is not among those shipped (dpvs-probe doctor lists them). "
+        "Nothing was attached."
+    )
+
+
+class BadLayout(DpvsProbeError):
+    help_text = "The layout file is damaged or of another version of dpvs-probe: install the package again."
+
+
+@dataclass(frozen=True)
+class Struct:
+    """One C struct: its size and the (offset, size) of each field, in bytes."""
+
+    name: str
+    size: int
+    fields: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a process says of itself; None where it does not say."""
+
+    release: str | None = None  # "1.10.2"
+    session_bytes: int | None = None  # size of one object of the session pool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The structs, ids and flags of one class of DPVS releases."""
+
+    name: str
+    releases: tuple[str, ...]
+    dpdk: str
+    sockopt_version: int
+    sockopt_ids: Mapping[str, int]
+    flags: Mapping[str, int]
+    structs: Mapping[str, Struct]
+
+    @classmethod
+    def shipped(cls) -> list[str]:
+        """Names of the layouts in the package."""
+        files = resources.files("probes").joinpath("layouts").iterdir()
+        return sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json"))
+
+    @classmethod
+    def load(cls, name: str) -> "Layout":
+        """A shipped layout by name; cached, as it never changes."""
+        return _load(name)
+
+    @classmethod
+    def parse(cls, name: str, data: Mapping[str, Any]) -> Self:
+        """Check the JSON form and build the layout: every field inside its struct, every number an integer."""
+        try:
+            if data["format"] != FORMAT:
+                raise BadLayout(f"layout {name} has format {data['format']}, expected {FORMAT}")
+            dpvs, dpdk = data["dpvs"], data["dpdk"]
+            structs: dict[str, Struct] = {}
+            for part in (dpvs, dpdk):
+                for struct_name, body in part["structs"].items():
+                    if struct_name in structs:
+                        raise BadLayout(f"layout {name} defines struct {struct_name} twice")
+                    structs[struct_name] = _struct(name, struct_name, body)
+            return cls(
+                name=name,
+                releases=tuple(dpvs["releases"]),
+                dpdk=dpdk["release"],
+                sockopt_version=int(dpvs["sockopt_version"]),
+                sockopt_ids=dict(dpvs["sockopt_ids"]),
+                flags={key: int(value, 16) for key, value in dpvs["flags"].items()},
+                structs=structs,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadLayout(f"layout {name} is malformed: {error!r}") from None
+
+    def struct(self, name: str) -> Struct:
+        try:
+            return self.structs[name]
+        except KeyError:
+            raise BadLayout(f"layout {self.name} has no struct {name}") from None
+
+    def has(self, struct: str, field: str | None = None) -> bool:
+        """Whether this release has the struct, or the member: test for the member, never for a version."""
+        return struct in self.structs and (field is None or field in self.structs[struct].fields)
+
+    def size(self, struct: str) -> int:
+        return self.struct(struct).size
+
+    def field(self, struct: str, name: str) -> tuple[int, int]:
+        """(offset, size) in bytes."""
+        try:
+            return self.struct(struct).fields[name]
+        except KeyError:
+            raise BadLayout(f"layout {self.name}: struct {struct} has no field {name}") from None
+
+    def offset(self, struct: str, name: str) -> int:
+        return self.field(struct, name)[0]
+
+    def flag(self, name: str) -> int:
+        try:
+            return self.flags[name]
+        except KeyError:
+            raise BadLayout(f"layout {self.name} has no flag {name}") from None
+
+    def sockopt_id(self, name: str) -> int:
+        """Number of a control socket request in this release; they move between releases."""
+        try:
+            return self.sockopt_ids[name]
+        except KeyError:
+            raise BadLayout(f"layout {self.name} does not know the control socket request {name}") from None
+
+    def unpack(self, struct: str, name: str, data: bytes, base: int = 0) -> int:
+        """One unsigned little-endian field out of the bytes of a struct that starts at ``base``."""
+        offset, size = self.field(struct, name)
+        if not 0 < size <= 8 or base + offset + size > len(data):
+            raise BadLayout(f"layout {self.name}: {struct}.{name} lies outside {len(data)} bytes")
+        return int.from_bytes(data[base + offset : base + offset + size], "little")
+
+
+def select(evidence: Evidence, layouts: Iterable[Layout] | None = None) -> Layout:
+    """The layout that fits the evidence: its session size must match, and the release must be one it names.
+
+    A fork that reports a release of its own still gets the layout whose session size matches, if there is only one:
+    the proof on the live process decides.
+    """
+    known = [Layout.load(name) for name in Layout.shipped()] if layouts is None else list(layouts)
+    if evidence.session_bytes is not None:
+        sizes = ", ".join(map(str, sorted({layout.size(SESSION) for layout in known})))
+        known = [layout for layout in known if layout.size(SESSION) == evidence.session_bytes]
+        if not known:
+            release = evidence.release or "release unknown"
+            raise UnknownLayout(
+                f"this DPVS ({release}) keeps sessions of {evidence.session_bytes} bytes; known sizes: {sizes}"
+            )
+    named = [layout for layout in known if evidence.release in layout.releases]
+    if named:
+        return named[0]
+    if len(known) == 1:
+        return known[0]
+    raise UnknownLayout(f"no layout is known for DPVS {evidence.release or '(release unknown)'}")
+
+
+def release_name(version: int) -> str:
+    """DPVS's ``g_version`` as text: 0x00010a02 is 1.10.2 (DPVS 1.10.2, src/global_data.c)."""
+    return f"{version >> 16 & 0xFF}.{version >> 8 & 0xFF}.{version & 0xFF}"
+
+
+def _struct(layout: str, name: str, body: Mapping[str, Any]) -> Struct:
+    size = int(body["size"])
+    fields = {}
+    for field, (offset, length) in body["fields"].items():
+        if not 0 <= offset <= offset + length <= size:
+            raise BadLayout(f"layout {layout}: {name}.{field} lies outside its struct")
+        fields[field] = (offset, length)
+    return Struct(name, size, fields)
+
+
+@cache
+def _load(name: str) -> Layout:
+    if not _NAME.match(name):
+        raise UnknownLayout(f"{name!r} is not the name of a layout")
+    file = resources.files("probes").joinpath("layouts", f"{name}.json")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UnknownLayout(f"there is no layout {name}; shipped are {', '.join(Layout.shipped())}") from None
+    except json.JSONDecodeError as error:
+        raise BadLayout(f"layout {name} is not JSON: {error}") from None
+    return Layout.parse(name, data)

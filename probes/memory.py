@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""DPVS's session pool as numpy arrays.
+
+Rules: a session is named by its *slot*, a dense number from 0 to ``slots - 1`` over all pools (one a NUMA socket).
+Reading costs DPVS nothing and asks it nothing, so what is read may be half-changed: ``read`` looks twice at the words
+that make up a session and says which ones held still. DPVS does not clear a session when it frees it: only its HASHED
+flag tells (DPVS 1.10.2, src/ipvs/ip_vs_conn.c).
+
+A session that DPVS is just creating becomes readable here a moment after its create event: it is hashed, and its timer
+armed, only after the place where the probe fires.
+"""
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from probes.layout import SESSION, Evidence, Layout, release_name, select
+from probes.mapping import Addresses, Memory, Words, open_memory
+from probes.mempool import Mempool, Memzone, PoolMismatch, SlotTable, find_memzones, find_objects, find_pools
+from probes.target import Target
+
+Bools = npt.NDArray[np.bool_]
+Slots = npt.NDArray[np.int64]
+Conns = npt.NDArray[np.void]
+
+POOL_PREFIX = "dp_vs_conn_"
+AF_INET, AF_INET6 = 2, 10
+
+# What ``read`` returns: name -> (member of struct dp_vs_conn, member inside it, dtype). Addresses and ports in network
+# order; a timeval is two 64-bit numbers.
+_FIELDS: dict[str, tuple[str, str | None, str]] = {
+    "af": ("af", None, "<u4"),
+    "proto": ("proto", None, "u1"),
+    "caddr": ("caddr", None, "16u1"),
+    "vaddr": ("vaddr", None, "16u1"),
+    "laddr": ("laddr", None, "16u1"),
+    "daddr": ("daddr", None, "16u1"),
+    "cport": ("cport", None, ">u2"),
+    "vport": ("vport", None, ">u2"),
+    "lport": ("lport", None, ">u2"),
+    "dport": ("dport", None, ">u2"),
+    "connpool": ("connpool", None, "<u8"),
+    "af_out": ("tuplehash", "af", "<u4"),
+    "refcnt": ("refcnt", None, "<i4"),
+    "timer_handler": ("timer", "handler", "<u8"),
+    "timeout_s": ("timeout", None, "<u8"),
+    "timeout_us": ("timeout", "usec", "<u8"),
+    "lcore": ("lcore", None, "u1"),
+    "dest": ("dest", None, "<u8"),
+    **{
+        f"{seq}_{part}": (seq, part, "<u4")
+        for seq in ("fnat_seq", "syn_proxy_seq")
+        for part in ("isn", "delta", "fdata_seq", "prev_delta")
+    },
+    "rs_end_seq": ("rs_end_seq", None, "<u4"),
+    "rs_end_ack": ("rs_end_ack", None, "<u4"),
+    "packet_xmit": ("packet_xmit", None, "<u8"),
+    "wscale_vs": ("wscale_vs", None, "u1"),
+    "wscale_rs": ("wscale_rs", None, "u1"),
+    "pp_version": ("pp_version", None, "u1"),
+    "pp_sent": ("pp_sent", None, "u1"),
+    "flags": ("flags", None, "<u2"),
+    "state": ("state", None, "<u2"),
+    "control": ("control", None, "<u8"),
+    "n_control": ("n_control", None, "<i4"),
+}
+_INNER = {"timer": "dpvs_timer", "fnat_seq": "dp_vs_seq", "syn_proxy_seq": "dp_vs_seq"}
+# Words that change with every packet or say nothing about what the session is: not looked at twice.
+_LOOSE = {
+    "refcnt", "timer_handler", "timeout_s", "timeout_us", "lcore", "rs_end_seq", "rs_end_ack", "control", "n_control",
+}  # fmt: skip
+# What a scan compares: tuple ports, sequence deltas, state and flags.
+_HOT = ("cport", "fnat_seq_isn", "fnat_seq_fdata_seq", "flags")
+
+
+def field_offset(layout: Layout, name: str) -> int:
+    """Byte offset in ``struct dp_vs_conn`` of a field of ``SessionPool.read``."""
+    member, inner, _ = _FIELDS[name]
+    offset = layout.offset(SESSION, member)
+    if member == "tuplehash":  # [0] inbound, [1] outbound
+        return offset + layout.size("conn_tuple_hash") + layout.offset("conn_tuple_hash", inner or "af")
+    if member == "timeout":
+        return offset + (8 if inner == "usec" else 0)
+    return offset + (layout.offset(_INNER[member], inner) if inner else 0)
+
+
+class Gather:
+    """Which words of a session to fetch for some fields, and the dtype that finds the fields in the fetched words."""
+
+    def __init__(self, layout: Layout, names: Sequence[str]) -> None:
+        words: set[int] = set()
+        for name in names:
+            offset, size = field_offset(layout, name), np.dtype(_FIELDS[name][2]).itemsize
+            words.update(range(offset // 8, (offset + size - 1) // 8 + 1))
+        order = sorted(words)
+        place = {word: index for index, word in enumerate(order)}
+        self.offsets = np.array(order, np.int64) * 8
+        positions = [place[field_offset(layout, n) // 8] * 8 + field_offset(layout, n) % 8 for n in names]
+        self.dtype = np.dtype(
+            {
+                "names": list(names),
+                "formats": [_FIELDS[n][2] for n in names],
+                "offsets": positions,
+                "itemsize": 8 * len(order),
+            }
+        )
+
+
+class SessionPool:
+    """All sessions of one DPVS, by slot. ``with SessionPool.open(target, layout) as pool``."""
+
+    def __init__(self, target: Target, layout: Layout, pools: Sequence[Mempool], memory: Memory) -> None:
+        self.target, self.layout, self.pools = target, layout, tuple(pools)
+        self._memory = memory
+        extents = []
+        for pool in pools:
+            objects = find_objects(memory, layout, pool)
+            for start, end in pool.chunks:
+                extents.append(((start, end), objects[(objects >= np.uint64(start)) & (objects < np.uint64(end))]))
+        self._table = SlotTable(extents, pools[0].stride)
+        self._places = memory.locate(self._table.addresses)
+        self.slots = len(self._places)
+        self._all = Gather(layout, list(_FIELDS))
+        steady = Gather(layout, [n for n in _FIELDS if n not in _LOOSE])
+        self._steady = np.flatnonzero(np.isin(self._all.offsets, steady.offsets))
+        self._state = Gather(layout, ["flags", "state"])
+        self.hot_offsets = np.array([field_offset(layout, n) // 8 * 8 for n in _HOT], np.int64)
+        flags = field_offset(layout, "flags")
+        self._flags_shift = np.uint64(8 * (flags % 8))
+        self._hashed = np.uint64(layout.flag("HASHED")) << self._flags_shift
+        self._pool_addresses = np.array([pool.address for pool in pools], np.uint64)
+        self.handler = target.find("dp_vs_conn_expire")  # static: only an unstripped binary names it
+
+    @classmethod
+    def open(cls, target: Target, layout: Layout) -> Self:
+        """Find the pools, map their pages, number their objects. Raises PoolNotFound, PoolMismatch or MapFailed."""
+        regions = target.maps()
+        pools = find_pools(target, layout, POOL_PREFIX, regions)
+        for pool in pools:
+            if pool.element_bytes != layout.size(SESSION) or pool.stride != pools[0].stride:
+                raise PoolMismatch(
+                    f"sessions of {pool.name} are {pool.element_bytes} bytes, layout {layout.name} says "
+                    f"{layout.size(SESSION)}"
+                )
+        memory = open_memory(target, [chunk for pool in pools for chunk in pool.chunks], regions)
+        try:
+            return cls(target, layout, pools, memory)
+        except BaseException:
+            memory.close()
+            raise
+
+    def close(self) -> None:
+        """Give the pages back. Reading afterwards raises MemoryClosed."""
+        self._memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def shared(self) -> bool:
+        """Whether DPVS's pages are mapped here; False means that every read is a system call and a copy."""
+        return self._memory.shared
+
+    # --- slots and addresses -----------------------------------------------------------------------------------------
+
+    def slot_of(self, addresses: Addresses) -> Slots:
+        """Slot of each session address, -1 for what is not the address of a session object."""
+        return self._table.slot_of(addresses)
+
+    def address_of(self, slots: Slots) -> Addresses:
+        return self._table.addresses[slots]
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, slots: Slots) -> tuple[Conns, Bools]:
+        """Copies of n sessions, shape (n,), fields as in ``_FIELDS``, and which of them held still while being read.
+
+        A session that did not is to be read again later. Held still does not mean in use: see ``valid``.
+        """
+        places = self._places[slots]
+        words = self._memory.gather(places, self._all.offsets)
+        again = self._memory.gather(places, self._all.offsets[self._steady])
+        ok: Bools = (words[:, self._steady] == again).all(axis=1)
+        return words.view(self._all.dtype)[:, 0], ok
+
+    def valid(self, conns: Conns) -> Bools:
+        """Which of n read sessions DPVS has in its tables: hashed, of this pool, with DPVS's own timer, referenced."""
+        good: Bools = (conns["flags"] & self.layout.flag("HASHED")) != 0
+        good &= np.isin(conns["connpool"], self._pool_addresses)
+        good &= np.isin(conns["af"], (AF_INET, AF_INET6)) & (conns["refcnt"] > 0)
+        if self.handler is not None:
+            good &= conns["timer_handler"] == np.uint64(self.handler)
+        else:
+            handlers, which = np.unique(conns["timer_handler"], return_inverse=True)
+            good &= np.array([self.target.is_code(int(handler)) for handler in handlers], bool)[which]
+        return good
+
+    def live(self, slots: Slots | None = None) -> Bools:
+        """Which slots (all, if None) hold a hashed session: one word each."""
+        places = self._places if slots is None else self._places[slots]
+        live: Bools = (self._memory.gather(places, self._state.offsets)[:, 0] & self._hashed) != 0
+        return live
+
+    def scan_hot(self, first: int = 0, last: int | None = None) -> Words:
+        """Shape (n, 4) uint64 of the slots [first, last): ports, two sequence words, flags and state, as they lie.
+
+        Made to be compared with the scan before: a word that differs is a session that changed. ``hot_flags`` and
+        ``hot_live`` read the last column.
+        """
+        return self._memory.gather(self._places[first:last], self.hot_offsets)
+
+    def hot_flags(self, hot: Words) -> npt.NDArray[np.uint16]:
+        return (hot[:, -1] >> self._flags_shift).astype(np.uint16)
+
+    def hot_live(self, hot: Words) -> Bools:
+        live: Bools = (hot[:, -1] & self._hashed) != 0
+        return live
+
+    def raw(self, slots: Slots) -> npt.NDArray[np.uint8]:
+        """Shape (n, sizeof(struct dp_vs_conn)) uint8: everything of some sessions, for the proof of the layout."""
+        offsets = np.arange(0, self.layout.size(SESSION), 8, dtype=np.int64)
+        return self._memory.gather(self._places[slots], offsets).view(np.uint8)
+
+    # --- other memory of DPVS ----------------------------------------------------------------------------------------
+
+    def find_memzone(self, name: str) -> tuple[int, int] | None:
+        """(address, length) of a DPDK memory zone."""
+        zones: list[Memzone] = find_memzones(self.target, self.layout)
+        return next(((zone.address, zone.length) for zone in zones if zone.name == name), None)
+
+    def read_mapped(self, address: int, size: int) -> bytes:
+        """Bytes anywhere in DPVS's memory; a copy by the kernel, DPVS is not asked."""
+        return self.target.read(address, size)
+
+
+def evidence(target: Target, layout: Layout) -> Evidence:
+    """What the process says of itself: its release (``g_version``) and the size of its session objects."""
+    version = target.global_u32("g_version")
+    pools = find_pools(target, layout, POOL_PREFIX)
+    return Evidence(None if not version else release_name(version), pools[0].element_bytes)
+
+
+def choose_layout(target: Target) -> Layout:
+    """The shipped layout that fits this process. DPDK's part is needed to read the evidence: each one's is tried."""
+    problem: Exception | None = None
+    for name in Layout.shipped():
+        try:
+            return select(evidence(target, Layout.load(name)))
+        except PoolMismatch as error:
+            problem = error
+    raise problem or PoolMismatch("no layout is shipped")
