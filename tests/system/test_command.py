@@ -37,7 +37,9 @@ def fingerprint(node: Node) -> tuple[int | None, str, list[str]]:
     tasks = sorted(
         Path(f"/proc/{node.pid}/task/{tid}/comm").read_text() for tid in os.listdir(f"/proc/{node.pid}/task")
     )
-    files = sorted({line.split()[5] for line in open(f"/proc/{node.pid}/maps") if len(line.split()) > 5})
+    files = sorted(
+        {line.split()[5] for line in Path(f"/proc/{node.pid}/maps").read_text().splitlines() if len(line.split()) > 5}
+    )
     return start_time(node.pid), " ".join(tasks), [name for name in files if "map_" not in name]
 
 
