@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the agent inside DPVS and we outside share: ``agent_abi.h``, mirrored.
 
-Rules: the header is the one place that declares it. The list of struct fields whose offsets the agent needs is read from
-that very file; the structs are mirrored as numpy dtypes, and a test compiles the header and compares the two.
+Rules: the header is the one place that declares it. The list of struct fields whose offsets the agent needs is read
+from that very file; the structs are mirrored as numpy dtypes, and a test compiles the header and compares the two.
 Everything is little-endian.
 """
+
 import re
 from enum import IntEnum
 from pathlib import Path

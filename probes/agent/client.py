@@ -2,13 +2,13 @@
 """Asking the agent: the proof that it is there, requests to it, and their results.
 
 Rules: **nothing is ever sent to SOCKOPT_SET_CONN without proof** (a stock DPVS dies of it). The proof is read from the
-process's own memory before each request: the door carries our magic and the token of its load, says READY or RETIRED, and
-the reserved slot of DPVS's handler holds the very address of the agent's entry. A reply of DPVS to SET carries no data, so
-results are read from the door too.
+process's own memory before each request: the door carries our magic and the token of its load, says READY or RETIRED,
+and the reserved slot of DPVS's handler holds the very address of the agent's entry. A reply of DPVS to SET carries no
+data, so results are read from the door too.
 """
+
 import os
 import secrets
-import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from probes.agent import abi
-from probes.control import ControlSocket
+from probes.control import SET_CONN_TOKEN, ControlSocket
 from probes.errors import DpvsProbeError
 from probes.layout import Layout
 from probes.target import Target
@@ -57,8 +57,8 @@ class Door:
     def find(cls, target: Target) -> "Door | None":
         """The door of an agent in this process; None when no agent was ever loaded into it.
 
-        Looked for in the writable memory of every mapping of a file named like our agent, and in the anonymous memory right
-        behind it (its .bss). With several agents in the process the one whose entry fills the slot is the one.
+        Looked for in the writable memory of every mapping of a file named like our agent, and in the anonymous memory
+        right behind it (its .bss). With several agents in the process the one whose entry fills the slot is the one.
         """
         regions = sorted(target.maps(), key=lambda r: r.start)
         doors = []
@@ -100,7 +100,7 @@ class Door:
         slot, entry = int(self.data["slot"]), int(self.data["entry"])
         if not slot or not entry:
             return False
-        return struct.unpack("<Q", self.target.read(slot, 8))[0] == entry
+        return int.from_bytes(self.target.read(slot, 8), "little") == entry
 
     def prove(self) -> None:
         """Raise AgentAbsent unless SET_CONN is answered by this agent and nobody else."""
@@ -132,13 +132,14 @@ class AgentClient:
         head["token"] = self.door.data["token"]
         head["request_id"] = self._next_id
         head["count"], head["record_bytes"] = count, abi.RECORD_BYTES if count else 0
-        errcode = self.control.set_conn(self._set_conn, head.tobytes() + body, proof=self.door.prove)
+        errcode = self.control.set(self._set_conn, head.tobytes() + body, allow_set_conn_token=SET_CONN_TOKEN)
         if errcode == EDPVS_BUSY:
             raise AgentBusy("the agent has no free request slot")
         if errcode:
             self.door.read()
             why = self.door.error or f"it answered {errcode}"
-            raise AgentRefused(f"the agent in process {self.target.pid} refused ({self.door.state.name.lower()}): {why}")
+            state = self.door.state.name.lower()
+            raise AgentRefused(f"the agent in process {self.target.pid} refused ({state}): {why}")
         return self._next_id
 
     @property
@@ -156,8 +157,9 @@ class AgentClient:
     def submit(self, ops: npt.NDArray[np.uint8], records: npt.NDArray[np.void]) -> int:
         """Hand n (1..512) records over; returns at once with the request's id.
 
-        ``ops``: (n,) uint8 of RecordOp; ``records``: (n,) ``collector.record.RECORD`` (144 bytes each). Records of one worker
-        are worked on in this order. AgentBusy when 16 requests are outstanding, AgentRefused when it will not take any.
+        ``ops``: (n,) uint8 of RecordOp; ``records``: (n,) ``collector.record.RECORD`` (144 bytes each). Records of one
+        worker are worked on in this order. AgentBusy when 16 requests are outstanding, AgentRefused when it will not
+        take any.
         """
         n = len(ops)
         if not 0 < n <= abi.MAX_RECORDS or len(records) != n or records.dtype.itemsize != abi.RECORD_BYTES:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Getting the agent into a running DPVS, and making it a stub again.
 
-Rules: everything that can refuse comes before the process is touched. The shared object goes in as a private copy with its
-configuration written into it, through DPDK's control thread while that thread sleeps in ``epoll_wait``: the one thread of
-the process that is never in the middle of anything. What then happens in the process is agent.c's business, on the master
-lcore; here we only wait for the door to open and read what it says.
+Rules: everything that can refuse comes before the process is touched. The shared object goes in as a private copy with
+its configuration written into it, through DPDK's control thread while that thread sleeps in ``epoll_wait``: the one
+thread of the process that is never in the middle of anything. What then happens in the process is agent.c's business,
+on the master lcore; here we only wait for the door to open and read what it says.
 """
+
 import os
 import secrets
 import tempfile
@@ -67,7 +68,8 @@ def configured(library: bytes, layout: Layout, token: int) -> bytes:
     config["offsets"] = 0xFFFF
     for i, (struct, field) in enumerate(abi.fields()):
         config["offsets"][i] = layout.size(struct) if field is None else layout.offset(struct, field)
-    return library[:at] + config.tobytes() + library[at + abi.CONFIG.itemsize :]
+    filled: bytes = config.tobytes()
+    return library[:at] + filled + library[at + abi.CONFIG.itemsize :]
 
 
 @contextmanager

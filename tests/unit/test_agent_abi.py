@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The Python mirror of agent_abi.h says what the C compiler says."""
+
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,7 +23,8 @@ STRUCTS = {
 def compiled(tmp_path: Path, lines: list[str]) -> dict[str, int]:
     source = tmp_path / "print.c"
     source.write_text(
-        '#include <stddef.h>\n#include <stdio.h>\n#include "agent_abi.h"\n#define C(x) printf("%s %ld\\n", #x, (long)(x))\n'
+        '#include <stddef.h>\n#include <stdio.h>\n#include "agent_abi.h"\n'
+        '#define C(x) printf("%s %ld\\n", #x, (long)(x))\n'
         "int main(void) {\n" + "\n".join(lines) + "\nreturn 0; }\n"
     )
     binary = tmp_path / "print"
@@ -58,7 +60,8 @@ def test_structs_and_numbers_are_the_compilers(tmp_path: Path) -> None:
 
 def test_record_offsets_match_the_header(tmp_path: Path) -> None:
     names = {
-        "slot": "slot", "generation": "generation", "af": "af", "fwdmode": "fwdmode", "state": "state", "flags": "flags",
+        "slot": "slot", "generation": "generation", "af": "af", "fwdmode": "fwdmode", "state": "state",
+        "flags": "flags",
         "caddr": "caddr", "vaddr": "vaddr", "laddr": "laddr", "daddr": "daddr", "cport": "cport", "dport": "dport",
         "timeout_ms": "timeout_ms", "worker": "worker", "wscale_vs": "wscale_vs", "pp_version": "pp_version",
         "fnat.isn": "fnat_isn", "fnat.delta": "fnat_delta", "fnat.fdata_seq": "fnat_fdata_seq",
@@ -72,6 +75,8 @@ def test_record_offsets_match_the_header(tmp_path: Path) -> None:
 
 def test_field_list_is_read_from_the_header() -> None:
     fields = abi.fields()
-    assert len(fields) == len(set(fields)) and len(fields) <= abi.OFFSETS
-    assert fields[0] == ("dp_vs_conn", None) and ("dpvs_sockopts", "set") in fields
+    assert len(fields) == len(set(fields))
+    assert len(fields) <= abi.OFFSETS
+    assert fields[0] == ("dp_vs_conn", None)
+    assert ("dpvs_sockopts", "set") in fields
     assert np.dtype("<u2").itemsize * abi.OFFSETS == abi.CONFIG.fields["offsets"][0].itemsize  # type: ignore[index]

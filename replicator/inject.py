@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Putting the peers' sessions into this node's DPVS, and keeping them there as long as their owners live.
+
+Rules
+- State, not a log: a replica marks slots; what is sent to the agent is what the replica says when a slot's turn comes.
+- At most one operation per slot is under way. A slot that changes meanwhile waits until the agent has answered.
+- A copy never disturbs the connection it stands for. The agent holds it as SYNACK, which ends in silence; here we see
+  to it that it is refreshed while its owner's link is up, and that nothing is refreshed or deleted because an owner
+  died.
+- What DPVS refuses for now (service, real server or address not there yet, port in use) is tried again with the
+  refresh. What it will never take is tried again only when the session changes. Every refusal is counted by its reason.
+- The agent is asked from one thread of our own: DPVS's control socket may be slow, and nothing here may wait for it.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.record import (
+    CLOSE_WAIT,
+    ESTABLISHED,
+    FIN_WAIT,
+    FNAT,
+    LAST_ACK,
+    ONE_PACKET,
+    RECORD,
+    TCP,
+    TEMPLATE,
+    Bools,
+    Records,
+    Slots,
+    words,
+)
+from probes.agent import abi
+from probes.agent.client import AgentAbsent, AgentBusy, AgentRefused, code_name
+from probes.errors import DpvsProbeError
+
+REFRESH_NS = 10_000_000_000
+MIN_COPY_TIMEOUT_MS = 30_000  # three refreshes, for states that DPVS itself would drop sooner
+BACK_OFF_NS = 100_000_000  # after the control socket failed
+# Words 1 to 10 of a record hold its tuple (and state and flags): what is needed to find a session again.
+_FIRST, _LAST = 1, 11
+_TUPLE = np.full(_LAST - _FIRST, ~np.uint64(0), np.uint64)
+_TUPLE[0] = 0xFFFFFF  # af, af_out, proto
+
+_STATES = np.zeros(16, np.bool_)
+_STATES[[ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK]] = True
+
+
+class Agent(Protocol):
+    """What the injector asks of ``probes.agent.client.AgentClient``."""
+
+    def submit(self, ops: npt.NDArray[np.uint8], records: Records) -> int: ...
+    def results(self, request_id: int) -> npt.NDArray[np.uint8] | None: ...
+
+
+class Marks(Protocol):
+    """Slots that want a look (``collector.table.Dirty``)."""
+
+    def mark(self, slots: Slots) -> None: ...
+    def take(self, limit: int) -> Slots: ...
+
+
+class Origin(Protocol):
+    """What the injector reads of a replica: the sessions of one other node."""
+
+    @property
+    def slots(self) -> int: ...
+    @property
+    def records(self) -> Records: ...
+    @property
+    def present(self) -> Bools: ...
+    @property
+    def pending(self) -> Marks: ...
+    @property
+    def link_up(self) -> bool: ...
+
+
+def injectable(records: Records) -> Bools:
+    """Which sessions may stand by here: FullNAT TCP with an open or closing connection behind it."""
+    tcp = (records["proto"] == TCP) & (records["fwdmode"] == FNAT)
+    plain = (records["flags"] & (TEMPLATE | ONE_PACKET)) == 0
+    open_: Bools = tcp & plain & _STATES[np.minimum(records["state"], 15)]
+    return open_
+
+
+@dataclass
+class _Copies:
+    """What we believe stands in DPVS for one origin, by the origin's slot."""
+
+    replica: Origin
+    installed: npt.NDArray[np.uint64] = field(init=False)  # (slots, 10): the tuple that was put in
+    has: Bools = field(init=False)
+    retry: Bools = field(init=False)
+    waits: Bools = field(init=False)  # changed while an operation was under way
+    busy: npt.NDArray[np.uint8] = field(init=False)  # operations under way
+    code: npt.NDArray[np.uint8] = field(init=False)  # the last answer
+    cursor: int = 0
+    refreshed_ns: int = 0
+
+    def __post_init__(self) -> None:
+        n = self.replica.slots
+        self.installed = np.zeros((n, _LAST - _FIRST), np.uint64)
+        self.has, self.retry, self.waits = (np.zeros(n, np.bool_) for _ in range(3))
+        self.busy, self.code = np.zeros(n, np.uint8), np.zeros(n, np.uint8)
+
+
+@dataclass
+class _Batch:
+    copies: _Copies
+    slots: Slots
+    ops: npt.NDArray[np.uint8]
+    records: Records
+    sent: Future[int] | None = None
+    request_id: int = 0
+
+
+class Injector:
+    """Feeds one agent from any number of replicas. ``tick`` does a little and never blocks."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        replicas: Callable[[], Iterable[Origin]],
+        *,
+        refresh_ns: int = REFRESH_NS,
+        executor: Executor | None = None,
+    ) -> None:
+        self._agent = agent
+        self._replicas = replicas
+        self._refresh_ns = refresh_ns
+        self._executor = executor or ThreadPoolExecutor(1, "inject")
+        self._copies: dict[int, _Copies] = {}
+        self._batches: list[_Batch] = []
+        self._not_before_ns = 0
+        self.stopped: DpvsProbeError | None = None
+        self.by_code: npt.NDArray[np.int64] = np.zeros(64, np.int64)
+        self.requests = self.busy_answers = self.socket_errors = 0
+
+    def tick(self, now_ns: int) -> None:
+        """Take in what the agent answered, send it what changed, and refresh a part of the rest."""
+        self._collect(now_ns)
+        current = {id(replica): replica for replica in self._replicas()}
+        for key in self._copies.keys() - current.keys():
+            del self._copies[key]
+        for key, replica in current.items():
+            copies = self._copies.get(key)
+            if copies is None:
+                copies = self._copies[key] = _Copies(replica, refreshed_ns=now_ns)
+            if self.stopped or now_ns < self._not_before_ns:
+                copies.refreshed_ns = now_ns
+                continue
+            if self._room():
+                self._send(copies, replica.pending.take(self._room() // 2))
+            self._refresh(copies, now_ns)
+
+    def idle(self) -> bool:
+        """Nothing is under way (changes may still wait in the replicas)."""
+        return not self._batches
+
+    def codes(self, replica: Origin) -> npt.NDArray[np.uint8]:
+        """The agent's last answer for each slot of a replica (``probes.agent.abi.Code``); a view."""
+        copies = self._copies.get(id(replica))
+        return copies.code if copies else np.zeros(replica.slots, np.uint8)
+
+    def installed(self) -> int:
+        """Sessions of other nodes that stand in this DPVS because of us."""
+        return sum(int(np.count_nonzero(c.has)) for c in self._copies.values())
+
+    def counters(self) -> dict[str, Any]:
+        """What happened so far, for status and metrics."""
+        return {
+            "installed": self.installed(),
+            "requests": self.requests,
+            "agent_busy": self.busy_answers,
+            "socket_errors": self.socket_errors,
+            "under_way": sum(len(b.slots) for b in self._batches),
+            "results": {code_name(int(c)): int(self.by_code[c]) for c in np.flatnonzero(self.by_code)},
+            "stopped": str(self.stopped) if self.stopped else None,
+        }
+
+    def close(self) -> None:
+        """Wait for the request that is being sent, if any; nothing more is sent."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _room(self) -> int:
+        """Records that the agent would take now."""
+        return (abi.MAX_REQUESTS - len(self._batches)) * abi.MAX_RECORDS
+
+    def _collect(self, now_ns: int) -> None:
+        waiting = []
+        for batch in self._batches:
+            try:
+                codes = self._answer(batch)
+            except AgentBusy:
+                self.busy_answers += 1
+                self._give_back(batch)
+            except (AgentAbsent, AgentRefused) as error:
+                self.stopped = self.stopped or error
+                self._give_back(batch)
+            except (DpvsProbeError, OSError):
+                self.socket_errors += 1
+                self._not_before_ns = now_ns + BACK_OFF_NS
+                self._give_back(batch)
+            else:
+                if codes is None:
+                    waiting.append(batch)
+                else:
+                    self._settle(batch, codes)
+        self._batches = waiting
+
+    def _answer(self, batch: _Batch) -> npt.NDArray[np.uint8] | None:
+        if batch.sent is not None:
+            if not batch.sent.done():
+                return None
+            batch.request_id = batch.sent.result()
+            batch.sent = None
+            self.requests += 1
+        return self._agent.results(batch.request_id)
+
+    def _release(self, batch: _Batch) -> None:
+        """The operations of a batch are over; slots that changed meanwhile get their turn."""
+        c = batch.copies
+        np.subtract.at(c.busy, batch.slots, 1)
+        slots = np.unique(batch.slots)
+        again = slots[c.waits[slots] & (c.busy[slots] == 0)]
+        c.waits[again] = False
+        c.replica.pending.mark(again)
+
+    def _give_back(self, batch: _Batch) -> None:
+        batch.copies.waits[batch.slots] = True
+        self._release(batch)
+
+    def _settle(self, batch: _Batch, codes: npt.NDArray[np.uint8]) -> None:
+        c, slots = batch.copies, batch.slots
+        self.by_code += np.bincount(codes, minlength=64)[:64]
+        c.code[slots] = codes
+        upsert = batch.ops == abi.RecordOp.UPSERT
+        gone = ~upsert & np.isin(codes, (abi.Code.DELETED, abi.Code.ABSENT, abi.Code.LIVE, abi.Code.FOREIGN))
+        c.has[slots[gone]] = False
+        here = upsert & np.isin(codes, (abi.Code.CREATED, abi.Code.UPDATED, abi.Code.LIVE))
+        c.installed[slots[here]] = words(batch.records[here])[:, _FIRST:_LAST]
+        c.has[slots[here]] = True
+        c.has[slots[upsert & ~here]] = False
+        later = (codes >= abi.RETRYABLE) & (codes < abi.PERMANENT)
+        c.retry[slots] = later
+        c.waits[slots[~upsert & later]] = True  # a delete that did not work: look again
+        self._release(batch)
+
+    def _send(self, c: _Copies, slots: Slots) -> None:
+        """Bring DPVS to what the replica says of these slots: delete what was, then make what is."""
+        blocked = c.busy[slots] != 0
+        c.waits[slots[blocked]] = True
+        slots = slots[~blocked]
+        if len(slots) == 0:
+            return
+        records = c.replica.records[slots]
+        want = c.replica.present[slots] & injectable(records)
+        same = ~((words(records)[:, _FIRST:_LAST] ^ c.installed[slots]) & _TUPLE).any(axis=1)
+        delete = c.has[slots] & ~(want & same)
+        c.retry[slots[~want]] = False
+        pairs = np.zeros((len(slots), 2), RECORD)
+        old = np.zeros(len(slots), RECORD)
+        old.view(np.uint64).reshape(len(slots), -1)[:, _FIRST:_LAST] = c.installed[slots]
+        old["timeout_ms"] = MIN_COPY_TIMEOUT_MS
+        pairs[:, 0] = old
+        records["timeout_ms"] = np.maximum(records["timeout_ms"], MIN_COPY_TIMEOUT_MS)
+        pairs[:, 1] = records
+        chosen = np.column_stack((delete, want)).ravel()
+        ops = np.tile(np.array([abi.RecordOp.DELETE, abi.RecordOp.UPSERT], np.uint8), len(slots))[chosen]
+        self._submit(c, np.repeat(slots, 2)[chosen], ops, pairs.ravel()[chosen])
+
+    def _submit(self, c: _Copies, slots: Slots, ops: npt.NDArray[np.uint8], records: Records) -> None:
+        np.add.at(c.busy, slots, 1)
+        for begin in range(0, len(slots), abi.MAX_RECORDS):
+            part = slice(begin, begin + abi.MAX_RECORDS)
+            batch = _Batch(c, slots[part], ops[part], records[part])
+            batch.sent = self._executor.submit(self._agent.submit, batch.ops, batch.records)
+            self._batches.append(batch)
+
+    def _refresh(self, c: _Copies, now_ns: int) -> None:
+        """Once in ``refresh_ns``, every copy whose owner's link is up is put in again, which restarts its timer."""
+        elapsed = now_ns - c.refreshed_ns
+        c.refreshed_ns = now_ns
+        if not c.replica.link_up:
+            return
+        share = min(c.replica.slots, c.replica.slots * elapsed // self._refresh_ns + 1)
+        room = self._room() // 2
+        while share > 0 and room > 0:
+            end = min(c.cursor + min(share, 1 << 16), c.replica.slots)
+            look = np.arange(c.cursor, end)
+            due = look[(c.has[look] | c.retry[look]) & (c.busy[look] == 0)]
+            if len(due) > room:
+                due = due[:room]
+                end = int(due[-1]) + 1
+            share -= end - c.cursor
+            room -= len(due)
+            c.cursor = end % c.replica.slots
+            self._send(c, due)

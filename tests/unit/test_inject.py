@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The injector against an agent that behaves as agent.c does, but in Python and at once."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from collector.record import (
+    CLOSE,
+    ESTABLISHED,
+    FIN_WAIT,
+    FNAT,
+    RECORD,
+    SYN_RECV,
+    TCP,
+    TIME_WAIT,
+    UDP,
+    Records,
+    Slots,
+)
+from probes.agent.abi import MAX_RECORDS, Code, RecordOp
+from probes.agent.client import AgentBusy, AgentRefused
+from probes.errors import DpvsProbeError
+from replicator.inject import MIN_COPY_TIMEOUT_MS, Injector
+
+SLOTS = 64
+SECOND = 1_000_000_000
+
+
+class Now(Executor):
+    """Runs what it is given at once, in the caller's thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class FakeMarks:
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+
+    def mark(self, slots: Slots) -> None:
+        self.slots += [int(s) for s in slots if int(s) not in self.slots]
+
+    def take(self, limit: int) -> Slots:
+        taken, self.slots = self.slots[:limit], self.slots[limit:]
+        return np.array(taken, np.int64)
+
+
+class FakeReplica:
+    def __init__(self, slots: int = SLOTS) -> None:
+        self.slots = slots
+        self.records: Records = np.zeros(slots, RECORD)
+        self.present = np.zeros(slots, np.bool_)
+        self.pending = FakeMarks()
+        self.link_up = True
+
+    def put(self, slot: int, client: int, lport: int, state: int = ESTABLISHED, proto: int = TCP) -> None:
+        r = self.records[slot : slot + 1]
+        r[:] = np.zeros(1, RECORD)
+        r["slot"], r["af"], r["af_out"], r["proto"], r["fwdmode"], r["state"] = slot, 2, 2, proto, FNAT, state
+        r["cport"], r["vport"], r["lport"], r["dport"], r["timeout_ms"] = client, 80, lport, 8080, 7000
+        self.present[slot] = True
+        self.pending.mark(np.array([slot]))
+
+    def drop(self, slot: int) -> None:
+        self.present[slot] = False
+        self.pending.mark(np.array([slot]))
+
+
+class FakeAgent:
+    """Sessions by client port; a local port is taken once; answers are there from the second question on."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[int, tuple[int, int, int]] = {}  # client port -> local port, fnat_delta, timeout
+        self.live: set[int] = set()
+        self.foreign: set[int] = set()
+        self.refuse: Code | None = None
+        self.error: DpvsProbeError | None = None
+        self.log: list[tuple[int, int]] = []
+        self.answers: dict[int, tuple[int, npt.NDArray[np.uint8]]] = {}
+        self.delay = 1
+        self.largest = 0
+
+    def submit(self, ops: npt.NDArray[np.uint8], records: Records) -> int:
+        if self.error:
+            raise self.error
+        assert 0 < len(ops) == len(records) <= MAX_RECORDS
+        self.largest = max(self.largest, len(ops))
+        codes = np.array([self._one(int(o), r) for o, r in zip(ops, records, strict=True)], np.uint8)
+        number = len(self.answers) + 1
+        self.answers[number] = (self.delay, codes)
+        return number
+
+    def results(self, request_id: int) -> npt.NDArray[np.uint8] | None:
+        left, codes = self.answers[request_id]
+        self.answers[request_id] = (left - 1, codes)
+        return codes if left <= 0 else None
+
+    def _one(self, op: int, record: Any) -> Code:
+        client, local = int(record["cport"]), int(record["lport"])
+        self.log.append((op, client))
+        if client in self.foreign:
+            return Code.FOREIGN
+        have = self.sessions.get(client)
+        if op == RecordOp.DELETE:
+            if have is None or have[0] != local:
+                return Code.ABSENT
+            if client in self.live:
+                return Code.LIVE
+            del self.sessions[client]
+            return Code.DELETED
+        if self.refuse:
+            return self.refuse
+        assert int(record["timeout_ms"]) >= MIN_COPY_TIMEOUT_MS
+        if have is not None and client in self.live:
+            return Code.LIVE
+        if any(lport == local and c != client for c, (lport, _, _) in self.sessions.items()):
+            return Code.PORT_BUSY
+        self.sessions[client] = (local, int(record["fnat_delta"]), int(record["timeout_ms"]))
+        return Code.UPDATED if have and have[0] == local else Code.CREATED
+
+
+class World:
+    def __init__(self) -> None:
+        self.agent, self.replica = FakeAgent(), FakeReplica()
+        self.injector = Injector(self.agent, lambda: [self.replica], executor=Now(), refresh_ns=10 * SECOND)
+        self.now = 1
+
+    def run(self, ticks: int = 20, step_ns: int = 2_000_000) -> None:
+        for _ in range(ticks):
+            self.now += step_ns
+            self.injector.tick(self.now)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_a_session_is_put_in_changed_and_taken_out(world: World) -> None:
+    world.replica.put(3, 1000, 2000)
+    world.run()
+    assert world.agent.sessions == {1000: (2000, 0, MIN_COPY_TIMEOUT_MS)}
+    world.replica.records["fnat_delta"][3] = 77
+    world.replica.pending.mark(np.array([3]))
+    world.run()
+    assert world.agent.sessions[1000][1] == 77
+    world.replica.drop(3)
+    world.run()
+    assert world.agent.sessions == {}
+    assert world.injector.installed() == 0
+    assert world.injector.idle()
+
+
+@pytest.mark.parametrize(
+    ("state", "wanted"), [(ESTABLISHED, True), (FIN_WAIT, True), (SYN_RECV, False), (CLOSE, False)]
+)
+def test_only_open_connections_stand_by(world: World, state: int, wanted: bool) -> None:
+    world.replica.put(3, 1000, 2000, state)
+    world.run()
+    assert (1000 in world.agent.sessions) is wanted
+
+
+def test_udp_is_not_sent(world: World) -> None:
+    world.replica.put(3, 1000, 2000, 2, UDP)
+    world.run()
+    assert world.agent.log == []
+
+
+def test_a_copy_goes_when_its_connection_closes_and_comes_back_when_the_port_is_used_again(world: World) -> None:
+    world.replica.put(3, 1000, 2000)
+    world.run()
+    for state, there in ((TIME_WAIT, False), (SYN_RECV, False), (ESTABLISHED, True)):
+        world.replica.put(3, 1000, 2000, state)
+        world.run()
+        assert (1000 in world.agent.sessions) is there
+
+
+def test_a_slot_used_again_deletes_the_old_session_before_the_new_one(world: World) -> None:
+    world.replica.put(3, 1000, 2000)
+    world.run()
+    world.replica.put(3, 1001, 2000)  # the very same local port
+    world.run()
+    assert world.agent.sessions.keys() == {1001}
+    assert world.agent.log[-2:] == [(RecordOp.DELETE, 1000), (RecordOp.UPSERT, 1001)]
+
+
+def test_one_operation_per_slot_is_under_way(world: World) -> None:
+    world.agent.delay = 5
+    world.replica.put(3, 1000, 2000)
+    world.run(2)
+    for delta in (1, 2, 3):
+        world.replica.records["fnat_delta"][3] = delta
+        world.replica.pending.mark(np.array([3]))
+        world.run(1)
+    assert len(world.agent.log) == 1
+    world.run(20)
+    assert len(world.agent.log) == 2
+    assert world.agent.sessions[1000][1] == 3
+
+
+def test_refresh_while_the_owner_lives_and_not_after(world: World) -> None:
+    for i in range(20):
+        world.replica.put(i, 1000 + i, 2000 + i)
+    world.run()
+    world.agent.log.clear()
+    world.run(100, SECOND // 5)  # two whole rounds
+    assert len(world.agent.log) == pytest.approx(40, abs=20)
+    world.agent.sessions.pop(1005)  # DPVS dropped it by itself
+    world.run(60, SECOND // 5)
+    assert 1005 in world.agent.sessions
+    world.replica.link_up = False
+    world.agent.log.clear()
+    world.run(100, SECOND // 5)
+    assert world.agent.log == []
+
+
+def test_live_and_foreign_sessions_are_left_alone(world: World) -> None:
+    world.replica.put(3, 1000, 2000)
+    world.replica.put(4, 1001, 2001)
+    world.agent.foreign.add(1001)
+    world.run()
+    world.agent.live.add(1000)
+    world.replica.drop(3)
+    world.replica.drop(4)
+    world.run(200, SECOND // 5)
+    assert 1000 in world.agent.sessions
+    results = world.injector.counters()["results"]
+    assert results["live"] == 1
+    assert results["foreign"] == 1
+
+
+def test_what_cannot_be_now_is_tried_again_and_what_never_can_is_not(world: World) -> None:
+    world.agent.refuse = Code.NO_SERVICE
+    world.replica.put(3, 1000, 2000)
+    world.run()
+    world.agent.refuse = None
+    world.run(60, SECOND // 5)
+    assert 1000 in world.agent.sessions
+    world.agent.refuse = Code.WRONG_WORKER
+    world.replica.put(4, 1001, 2001)
+    world.run()
+    world.agent.log.clear()
+    world.run(60, SECOND // 5)
+    assert (RecordOp.UPSERT, 1001) not in world.agent.log
+
+
+def test_a_busy_agent_and_a_broken_socket_lose_nothing(world: World) -> None:
+    world.agent.error = AgentBusy("busy")
+    world.replica.put(3, 1000, 2000)
+    world.run()
+    world.agent.error = DpvsProbeError("no answer")
+    world.run()
+    assert world.injector.socket_errors > 0
+    world.agent.error = None
+    world.run(60, SECOND // 100)
+    assert 1000 in world.agent.sessions
+    assert world.injector.stopped is None
+
+
+def test_a_refusing_agent_stops_injection_and_says_so(world: World) -> None:
+    world.agent.error = AgentRefused("poisoned: a service is not laid out as expected")
+    world.replica.put(3, 1000, 2000)
+    world.run()
+    assert "laid out" in str(world.injector.counters()["stopped"])
+    world.agent.error = None
+    world.run()
+    assert world.agent.log == []
+
+
+def test_many_sessions_go_in_requests_of_at_most_512() -> None:
+    agent, replica = FakeAgent(), FakeReplica(20_000)
+    injector = Injector(agent, lambda: [replica], executor=Now())
+    replica.records["af"] = replica.records["af_out"] = 2
+    replica.records["proto"], replica.records["fwdmode"], replica.records["state"] = TCP, FNAT, ESTABLISHED
+    replica.records["cport"] = replica.records["lport"] = np.arange(20_000)
+    replica.present[:] = True
+    replica.pending.slots = list(range(20_000))
+    for now in range(1, 400):
+        injector.tick(now)
+        assert len(injector._batches) <= 16
+    assert injector.installed() == 20_000
+    assert agent.largest <= MAX_RECORDS
+
+
+actions = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "drop", "tick", "busy", "lose"]),
+        st.integers(0, 5),
+        st.integers(1000, 1007),
+        st.integers(2000, 2005),
+        st.sampled_from([ESTABLISHED, ESTABLISHED, TIME_WAIT, FIN_WAIT]),
+        st.integers(0, 4),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(actions)
+def test_whatever_happens_dpvs_ends_up_with_what_the_replica_wants(
+    steps: list[tuple[str, int, int, int, int, int]],
+) -> None:
+    world = World()
+    owner: dict[int, int] = {}  # client port -> slot: an owner has each tuple once, each local port once
+    for what, slot, client, local, state, delay in steps:
+        world.agent.delay = delay
+        if what == "put":
+            taken = [s for s in range(SLOTS) if world.replica.present[s] and s != slot]
+            rows = world.replica.records[taken]
+            if client in rows["cport"] or local in rows["lport"]:
+                continue
+            world.replica.put(slot, client, local, state)
+            owner[client] = slot
+        elif what == "drop":
+            world.replica.drop(slot)
+        elif what == "lose":
+            world.agent.sessions.pop(client, None)
+        elif what == "busy":
+            world.agent.error = AgentBusy("busy")
+            world.run(1)
+            world.agent.error = None
+        else:
+            world.run(1)
+    world.agent.delay = 0
+    world.run(60, SECOND // 2)
+    rows = world.replica.records[world.replica.present]
+    wanted = {int(r["cport"]): int(r["lport"]) for r in rows if r["state"] in (ESTABLISHED, FIN_WAIT)}
+    assert {c: s[0] for c, s in world.agent.sessions.items()} == wanted
