@@ -172,6 +172,12 @@ def show(run: Run, kind: str, connections: int, seconds: float) -> list[str]:
     return verdict(control, replicated)
 
 
+def end_cleanly_on_sigterm() -> None:
+    """SIGTERM gives everything back first; in a forked helper (pyroute2 ends its own that way) it just ends that."""
+    ours = os.getpid()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1) if os.getpid() == ours else os._exit(1))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo", description="A failover that no connection notices.")
     parser.add_argument("--connections", type=int, default=100)
@@ -179,7 +185,7 @@ def main() -> int:
         "--seconds", type=float, default=8, help="how long the connections talk, half of it before the kill"
     )
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    end_cleanly_on_sigterm()
     kind = "dpvs" if os.environ.get("DPVS_BIN") else "twin"
     what = "a real DPVS" if kind == "dpvs" else "the twin, a small stand-in for DPVS"
     say(f"Two nodes ({what}), a client and a real server, each in a network namespace of its own.")

@@ -18,7 +18,6 @@ import fcntl
 import os
 import socket
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -123,7 +122,7 @@ class Network:
         self.prefix = prefix
         self.plan = plan
         self._names: list[str] = []
-        self._lock = threading.Lock()
+        self._owner = os.getpid()
 
     def name(self, host: str) -> str:
         return f"{self.prefix}-{host}"
@@ -151,7 +150,7 @@ class Network:
         self.close()
 
     def close(self) -> None:
-        while self._names:
+        while self._names and os.getpid() == self._owner:  # never in a forked child
             remove_namespace(self._names.pop())
 
     def _build(self) -> None:

@@ -31,6 +31,7 @@ class Run:
         self.directory = STATE / self.prefix
         self.huge = self.directory / "huge"
         self.directory.mkdir(parents=True, mode=0o755)
+        self._owner = os.getpid()
         self._raised = 0
         self._processes: dict[int, int] = {}
         self._write()
@@ -77,7 +78,8 @@ class Run:
         fresh.replace(self.directory / "owner.json")
 
     def close(self) -> None:
-        _give_back(self.directory)
+        if os.getpid() == self._owner:  # never in a forked child
+            _give_back(self.directory)
 
 
 def _owner(directory: Path) -> dict[str, object]:
