@@ -35,8 +35,7 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         super().run()
-        if list(AGENT.glob("*.c")):
-            compile_agent(self._agent())
+        compile_agent(self._agent())
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         outputs: list[str] = super().get_outputs(include_bytecode)

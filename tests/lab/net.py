@@ -133,6 +133,11 @@ class Network:
     def inside(self, host: str) -> Any:
         return inside(self.path(host))
 
+    def netlink(self, host: str) -> Any:
+        """A netlink handle in a host's namespace; a context manager. Its socket is made here, without any helper."""
+        with self.inside(host):
+            return IPRoute()
+
     def enter_in_child(self, host: str) -> Callable[[], None]:
         """For ``subprocess.Popen(preexec_fn=)``."""
         path = self.path(host)
@@ -161,7 +166,7 @@ class Network:
                 for scope in ("all", "default"):
                     sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 1)
         with ExitStack() as stack:
-            routes = {host: stack.enter_context(IPRoute(netns=self.name(host), flags=0)) for host in ("sw", *HOSTS)}
+            routes = {host: stack.enter_context(self.netlink(host)) for host in ("sw", *HOSTS)}
             for handle in routes.values():
                 handle.link("set", index=1, state="up")
             switch = routes["sw"]
@@ -197,13 +202,13 @@ class Network:
     def active(self, node: str) -> None:
         """Route the VIPs and the local addresses to ``node``."""
         gateway = self.plan.node(node)
-        with IPRoute(netns=self.name("client"), flags=0) as client:
+        with self.netlink("client") as client:
             client.route("replace", dst=self.plan.at(1, 0) + "/24", gateway=gateway)
-        with IPRoute(netns=self.name("server"), flags=0) as server:
+        with self.netlink("server") as server:
             server.route("replace", dst=self.plan.at(2, 0) + "/24", gateway=gateway)
 
     def set_link(self, host: str, interface: str, up: bool) -> None:
-        with IPRoute(netns=self.name(host), flags=0) as handle:
+        with self.netlink(host) as handle:
             handle.link("set", index=_index(handle, interface), state="up" if up else "down")
 
 
