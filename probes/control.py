@@ -129,7 +129,7 @@ class ControlSocket:
         data = self.get(self.layout.sockopt_id("DPVS_SO_GET_INFO"))
         return self._unpack("dp_vs_getinfo", "version", data)
 
-    def session(
+    def session(  # noqa: PLR0917 - a tuple of the field
         self, af: int, proto: int, saddr: bytes, sport: int, daddr: bytes, dport: int
     ) -> npt.NDArray[np.void] | None:
         """The session of one tuple, as seen from the side that sends to ``daddr``; None if DPVS has none.

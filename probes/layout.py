@@ -144,8 +144,8 @@ class Layout:
 def select(evidence: Evidence, layouts: Iterable[Layout] | None = None) -> Layout:
     """The layout that fits the evidence: its session size must match, and the release must be one it names.
 
-    A fork that reports a release of its own still gets the layout whose session size matches, if there is only one:
-    the proof on the live process decides.
+    A process that does not say its release gets the layout whose session size matches, if there is only one. The proof
+    on the live process has the last word.
     """
     known = [Layout.load(name) for name in Layout.shipped()] if layouts is None else list(layouts)
     if evidence.session_bytes is not None:
@@ -159,7 +159,7 @@ def select(evidence: Evidence, layouts: Iterable[Layout] | None = None) -> Layou
     named = [layout for layout in known if evidence.release in layout.releases]
     if named:
         return named[0]
-    if len(known) == 1:
+    if evidence.release is None and len(known) == 1:
         return known[0]
     raise UnknownLayout(f"no layout is known for DPVS {evidence.release or '(release unknown)'}")
 

@@ -23,7 +23,7 @@ Words = npt.NDArray[np.uint64]
 Addresses = npt.NDArray[np.uint64]
 Span = tuple[int, int]
 BLOCK_BYTES = 16 << 20
-ROWS = 8192  # rows gathered at once: index and result stay in the cache
+ROWS = 512  # rows gathered at once: what is touched stays in the second-level cache
 
 PROT_NONE, MAP_FIXED, MAP_NORESERVE = 0, 0x10, 0x4000
 MAP_FAILED = ctypes.c_void_p(-1).value
@@ -49,8 +49,8 @@ class Memory(Protocol):
     def locate(self, addresses: Addresses) -> npt.NDArray[np.int64]:
         """A place for each address, opaque, to be given to ``gather``; addresses must lie in the spans."""
 
-    def gather(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> Words:
-        """Shape (n, k): the word at each of k byte offsets (multiples of 8) from each of n places. A copy."""
+    def gather(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], out: Words | None = None) -> Words:
+        """Shape (n, k), a copy: the word at each of k byte offsets (multiples of 8) from each of n places."""
 
     def block(self, address: int, size: int) -> Words:
         """The words of a contiguous piece inside one span; valid until ``close``."""
@@ -102,12 +102,12 @@ class SharedMemory:
         span = np.searchsorted(self._starts, addresses, "right") - 1
         return ((addresses - self._starts[span] + self._offsets[span]) >> np.uint64(3)).astype(np.int64)
 
-    def gather(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> Words:
+    def gather(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], out: Words | None = None) -> Words:
         flat, words = self._words(), offsets >> 3
-        out = np.empty((len(places), len(offsets)), np.uint64)
+        out = np.empty((len(places), len(offsets)), np.uint64) if out is None else out
         for first in range(0, len(places), ROWS):
-            part = places[first : first + ROWS]
-            flat.take(part[:, None] + words, out=out[first : first + ROWS], mode="clip")
+            # "clip" only to spare numpy a buffer: places are ours and inside.
+            flat.take(places[first : first + ROWS, None] + words, out=out[first : first + ROWS], mode="clip")
         return out
 
     def block(self, address: int, size: int) -> Words:
@@ -142,10 +142,12 @@ class CopiedMemory:
     def locate(self, addresses: Addresses) -> npt.NDArray[np.int64]:
         return addresses.astype(np.int64)
 
-    def gather(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> Words:
+    def gather(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], out: Words | None = None) -> Words:
         low, high = int(offsets.min()), int(offsets.max()) + 8
         objects = self._alive().read_many((places + low).astype(np.uint64), high - low)
-        return np.ascontiguousarray(objects.view(np.uint64)[:, (offsets - low) >> 3])
+        out = np.empty((len(places), len(offsets)), np.uint64) if out is None else out
+        out[:] = objects.view(np.uint64)[:, (offsets - low) >> 3]
+        return out
 
     def block(self, address: int, size: int) -> Words:
         return np.frombuffer(self._alive().read(address, size), np.uint64)

@@ -16,8 +16,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from probes.layout import SESSION, Evidence, Layout, release_name, select
-from probes.mapping import Addresses, Memory, Words, open_memory
+from probes.layout import SESSION, BadLayout, Evidence, Layout, release_name, select
+from probes.mapping import ROWS, Addresses, Memory, Words, open_memory
 from probes.mempool import Mempool, Memzone, PoolMismatch, SlotTable, find_memzones, find_objects, find_pools
 from probes.target import Target
 
@@ -87,25 +87,35 @@ def field_offset(layout: Layout, name: str) -> int:
 
 
 class Gather:
-    """Which words of a session to fetch for some fields, and the dtype that finds the fields in the fetched words."""
+    """Which words of a session to fetch for some fields, and the dtype that finds the fields in the fetched words.
+
+    ``offsets``: byte offsets of the words, the first ``steady`` of them those that hold a field to be looked at twice.
+    """
 
     def __init__(self, layout: Layout, names: Sequence[str]) -> None:
-        words: set[int] = set()
-        for name in names:
-            offset, size = field_offset(layout, name), np.dtype(_FIELDS[name][2]).itemsize
-            words.update(range(offset // 8, (offset + size - 1) // 8 + 1))
-        order = sorted(words)
-        place = {word: index for index, word in enumerate(order)}
+        covered = {name: self._words(layout, name) for name in names}
+        steady = {word for name in names if name not in _LOOSE for word in covered[name]}
+        loose = {word for name in names for word in covered[name]} - steady
+        order = sorted(steady) + sorted(loose)
+        for name in names:  # a field in several words needs them next to each other
+            first = order.index(covered[name][0])
+            if order[first : first + len(covered[name])] != covered[name]:
+                raise BadLayout(f"layout {layout.name}: field {name} of {SESSION} does not start on a word")
+        self.steady = len(steady)
         self.offsets = np.array(order, np.int64) * 8
-        positions = [place[field_offset(layout, n) // 8] * 8 + field_offset(layout, n) % 8 for n in names]
         self.dtype = np.dtype(
             {
                 "names": list(names),
-                "formats": [_FIELDS[n][2] for n in names],
-                "offsets": positions,
+                "formats": [_FIELDS[name][2] for name in names],
+                "offsets": [order.index(covered[n][0]) * 8 + field_offset(layout, n) % 8 for n in names],
                 "itemsize": 8 * len(order),
             }
         )
+
+    @staticmethod
+    def _words(layout: Layout, name: str) -> list[int]:
+        offset, size = field_offset(layout, name), np.dtype(_FIELDS[name][2]).itemsize
+        return list(range(offset // 8, (offset + size - 1) // 8 + 1))
 
 
 class SessionPool:
@@ -123,8 +133,6 @@ class SessionPool:
         self._places = memory.locate(self._table.addresses)
         self.slots = len(self._places)
         self._all = Gather(layout, list(_FIELDS))
-        steady = Gather(layout, [n for n in _FIELDS if n not in _LOOSE])
-        self._steady = np.flatnonzero(np.isin(self._all.offsets, steady.offsets))
         self._state = Gather(layout, ["flags", "state"])
         self.hot_offsets = np.array([field_offset(layout, n) // 8 * 8 for n in _HOT], np.int64)
         flags = field_offset(layout, "flags")
@@ -183,9 +191,14 @@ class SessionPool:
         A session that did not is to be read again later. Held still does not mean in use: see ``valid``.
         """
         places = self._places[slots]
-        words = self._memory.gather(places, self._all.offsets)
-        again = self._memory.gather(places, self._all.offsets[self._steady])
-        ok: Bools = (words[:, self._steady] == again).all(axis=1)
+        words = np.empty((len(places), len(self._all.offsets)), np.uint64)
+        ok = np.empty(len(places), bool)
+        steady = self._all.steady
+        for first in range(0, len(places), ROWS):  # the second look finds what the first brought into the cache
+            part = slice(first, first + ROWS)
+            self._memory.gather(places[part], self._all.offsets, out=words[part])
+            differ = self._memory.gather(places[part], self._all.offsets[:steady]) != words[part, :steady]
+            ok[part] = ~differ.any(axis=1) if differ.any() else True
         return words.view(self._all.dtype)[:, 0], ok
 
     def valid(self, conns: Conns) -> Bools:

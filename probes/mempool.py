@@ -23,7 +23,7 @@ PREFIX = "MP_"
 TABLE = "fbarray_memzone"
 MAX_CHUNKS = 1 << 16
 MAX_OBJECTS = 1 << 28
-PAGE_SHIFTS = (30, 21, 16, 12)
+PAGE_SHIFTS = (21, 16, 12)  # what fits a page of 2 MiB fits one of 1 GiB as well
 POOL_ALIGN = 64  # rte_mempool is cache aligned
 
 
@@ -210,7 +210,7 @@ class SlotTable:
     """Address to slot number and back. Slots are dense: 0 .. n-1 in the order of ``extents``.
 
     ``extents``: for each contiguous chunk its (start, end) and its objects' addresses, ascending. Inside a page,
-    ``slot = base[page] + (address - first[page]) // stride``; the page size is the biggest for which that holds.
+    ``slot = base[page] + (address - first[page]) // stride``; the biggest page size for which that holds is taken.
     """
 
     def __init__(self, extents: Sequence[tuple[tuple[int, int], Addresses]], stride: int) -> None:
