@@ -109,6 +109,19 @@ class Dirty:
         self._overlap = int(np.count_nonzero((self._marks & 3) == 3))
         self._cursor = 0
 
+    def give_back(self, taken: Taken, *, owed: bool) -> None:
+        """What was taken has not arrived: mark it as it was. ``owed``: the full sync it may belong to still goes on."""
+        changes = taken.since_ns > 0
+        self.mark(taken.slots[changes], taken.since_ns[changes], taken.fresh[changes])
+        slots = taken.slots if owed else taken.slots[~changes]
+        before = self._marks[slots]
+        slots, before = slots[(before & self._OWED) == 0], before[(before & self._OWED) == 0]
+        if len(slots):
+            self._marks[slots] = before | np.uint8(self._OWED)
+            self.owed += len(slots)
+            self._overlap += int(np.count_nonzero(before & self._CHANGE))
+            self._cursor = min(self._cursor, int(slots.min()))
+
     def clear(self) -> None:
         """Forget all marks."""
         self._marks[:] = 0
@@ -209,6 +222,10 @@ class SessionTable:
     def sessions(self) -> Records:
         """All present records, (n,), by slot; a copy."""
         return self.records[self.present]
+
+    def rows(self, slots: Slots) -> Records:
+        """The records of n slots, (n,); a copy."""
+        return self._words.take(slots, axis=0).view(RECORD).reshape(len(slots))
 
     def digest(self) -> int:
         """``record.digest`` of all sessions that peers are told of; in quiet that of a peer's replica is equal."""

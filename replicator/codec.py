@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sessions to bodies of frames and back, a block at a time.
+
+Rules: a body is kind u8, flags u8, count u16, raw length u32 and then ``count`` items of one size, as they are or as
+one LZ4 block. Kind 4: records with 4-byte addresses (both families IPv4), 96 bytes. Kind 6: records as they are, 144
+bytes. Kind 0: slot and generation of sessions that ended, 8 bytes. The raw length must be count times size, and is
+checked before anything is unpacked. What a peer sends is checked for all that indexing with it relies on.
+"""
+
+import struct
+from collections.abc import Iterator
+
+import lz4.block
+import numpy as np
+import numpy.typing as npt
+
+from collector.record import AF_INET, AF_INET6, RECORD, WORDS, Bools, Records, Slots
+
+from .wire import HEADER, MAGIC, MAX_BODY, VERSION, Fault, Opcode, ProtocolError
+
+BODY = struct.Struct("<BBHI")
+IPV4, IPV6, ENDED = 4, 6, 0
+SIZES = {IPV4: 96, IPV6: RECORD.itemsize, ENDED: 8}
+COMPRESSED = 1
+PAYS_BELOW = 0.9  # compressed bodies larger than that share of the plain one are sent plain
+MAX_COUNT = 0xFFFF
+
+Buffer = bytes | memoryview
+_PREFIX = HEADER.size + BODY.size
+# A record is 36 words of 4 bytes; of each address of 4 words, IPv4 uses the first.
+_HEAD, _ADDRESSES, _TAIL = slice(0, 4), slice(4, 20, 4), slice(20, 36)
+_HEAD4, _ADDRESSES4, _TAIL4 = slice(0, 4), slice(4, 8), slice(8, 24)
+
+
+def is_ipv4(records: Records) -> Bools:
+    """Which records fit kind 4: IPv4 on both sides."""
+    return np.asarray((records["af"] == AF_INET) & (records["af_out"] == AF_INET))
+
+
+def batches(kind: int, n: int, body_bytes: int) -> Iterator[slice]:
+    """Cut n items of a kind into runs whose bodies hold at most ``body_bytes`` (and at least one item)."""
+    step = min(max(1, (min(body_bytes, MAX_BODY) - BODY.size) // SIZES[kind]), MAX_COUNT)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def pack_records(opcode: Opcode, sequence: int, records: Records, kind: int, *, compress: bool = False) -> Buffer:
+    """A CREATE or UPDATE frame of n records, all of one kind."""
+    n = len(records)
+    frame = np.empty(_PREFIX + n * SIZES[kind], np.uint8)
+    wide = np.ascontiguousarray(records).view(np.uint32).reshape(n, 2 * WORDS)
+    if kind == IPV4:
+        narrow = frame[_PREFIX:].view(np.uint32).reshape(n, 24)
+        narrow[:, _HEAD4] = wide[:, _HEAD]
+        narrow[:, _ADDRESSES4] = wide[:, _ADDRESSES]
+        narrow[:, _TAIL4] = wide[:, _TAIL]
+    else:
+        frame[_PREFIX:].view(np.uint32).reshape(n, 2 * WORDS)[:] = wide
+    return _finish(frame, opcode, sequence, kind, compress=compress)
+
+
+def pack_deletes(sequence: int, slots: Slots, generations: npt.NDArray[np.uint32], *, compress: bool = False) -> Buffer:
+    """A DELETE frame of n sessions that ended."""
+    n = len(slots)
+    frame = np.empty(_PREFIX + n * SIZES[ENDED], np.uint8)
+    pairs = frame[_PREFIX:].view(np.uint32).reshape(n, 2)
+    pairs[:, 0] = slots
+    pairs[:, 1] = generations
+    return _finish(frame, Opcode.DELETE, sequence, ENDED, compress=compress)
+
+
+def _finish(frame: npt.NDArray[np.uint8], opcode: Opcode, sequence: int, kind: int, *, compress: bool) -> Buffer:
+    raw = len(frame) - _PREFIX
+    n = raw // SIZES[kind]
+    if compress:
+        block: bytes = lz4.block.compress(frame[_PREFIX:].data, store_size=False)
+        if len(block) < raw * PAYS_BELOW:
+            header = HEADER.pack(MAGIC, VERSION, opcode, BODY.size + len(block), sequence)
+            return header + BODY.pack(kind, COMPRESSED, n, raw) + block
+    HEADER.pack_into(frame.data, 0, MAGIC, VERSION, opcode, BODY.size + raw, sequence)
+    BODY.pack_into(frame.data, HEADER.size, kind, 0, n, raw)
+    return frame.data
+
+
+def parse_records(body: bytes, slots: int) -> Records:
+    """The records of a CREATE or UPDATE body, a copy. Raises ProtocolError.
+
+    Slots are below ``slots``, generations are not 0. A slot may stand in it twice: whoever indexes with it has to look.
+    """
+    kind, n, payload = _open(body, (IPV4, IPV6))
+    records = np.zeros(n, RECORD)
+    wide = records.view(np.uint32).reshape(n, 2 * WORDS)
+    if kind == IPV4:
+        narrow = np.frombuffer(payload, np.uint32).reshape(n, 24)
+        wide[:, _HEAD] = narrow[:, _HEAD4]
+        wide[:, _ADDRESSES] = narrow[:, _ADDRESSES4]
+        wide[:, _TAIL] = narrow[:, _TAIL4]
+        if not is_ipv4(records).all():
+            raise ProtocolError(Fault.RECORD, "a session that is not IPv4 among IPv4 records")
+    else:
+        wide[:] = np.frombuffer(payload, np.uint32).reshape(n, 2 * WORDS)
+        for family, inner, outer in (("af", "caddr", "vaddr"), ("af_out", "laddr", "daddr")):
+            four = records[family] == AF_INET
+            if not (four | (records[family] == AF_INET6)).all():
+                raise ProtocolError(Fault.RECORD, "a session of an unknown address family")
+            for name in (inner, outer):
+                if records[name][four, 4:].any():
+                    raise ProtocolError(Fault.RECORD, "an IPv4 address of more than 4 bytes")
+    _check_names(wide, slots)
+    return records
+
+
+def parse_deletes(body: bytes, slots: int) -> tuple[Slots, npt.NDArray[np.uint32]]:
+    """Slots and generations of a DELETE body, copies. Raises ProtocolError."""
+    _, n, payload = _open(body, (ENDED,))
+    pairs = np.frombuffer(payload, np.uint32).reshape(n, 2)
+    _check_names(pairs, slots)
+    return pairs[:, 0].astype(np.int64), pairs[:, 1].copy()
+
+
+def _open(body: bytes, kinds: tuple[int, ...]) -> tuple[int, int, bytes | memoryview]:
+    """Kind, count and items of a body."""
+    kind, flags, n, raw = BODY.unpack_from(body)
+    if kind not in kinds:
+        raise ProtocolError(Fault.RECORD, f"kind {kind}")
+    if n == 0 or raw != n * SIZES[kind] or raw > MAX_BODY:
+        raise ProtocolError(Fault.COUNT, f"{n} items of kind {kind} in {raw} bytes")
+    block = memoryview(body)[BODY.size :]
+    if flags == 0:
+        if len(block) != raw:
+            raise ProtocolError(Fault.COUNT, f"{len(block)} bytes of items where {raw} are announced")
+        return kind, n, block
+    if flags != COMPRESSED:
+        raise ProtocolError(Fault.COMPRESSION, f"flags {flags:#x}")
+    try:
+        payload: bytes = lz4.block.decompress(block, uncompressed_size=raw)
+    except (lz4.block.LZ4BlockError, ValueError, MemoryError):
+        raise ProtocolError(Fault.COMPRESSION, "an LZ4 block that cannot be unpacked") from None
+    if len(payload) != raw:
+        raise ProtocolError(Fault.COMPRESSION, f"an LZ4 block of {len(payload)} bytes where {raw} are announced")
+    return kind, n, payload
+
+
+def _check_names(items: npt.NDArray[np.uint32], slots: int) -> None:
+    """First word slot, second generation."""
+    if int(items[:, 0].max()) >= slots:
+        raise ProtocolError(Fault.RECORD, f"slot {int(items[:, 0].max())} of {slots}")
+    if not items[:, 1].all():
+        raise ProtocolError(Fault.RECORD, "a session without a generation")

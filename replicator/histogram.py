@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Counts of durations in logarithmic buckets: 128 of them, four an octave, from 1 microsecond to over an hour."""
+
+import numpy as np
+import numpy.typing as npt
+
+_BUCKETS = 128
+_PER_OCTAVE = 4
+_LEAST_NS = 1_000
+
+
+class Histogram:
+    """Durations in ns; memory and time of an answer do not depend on how many were added."""
+
+    def __init__(self) -> None:
+        self.counts: npt.NDArray[np.int64] = np.zeros(_BUCKETS, np.int64)
+        self.count = 0
+        self.greatest_ns = 0
+
+    def add(self, durations_ns: npt.NDArray[np.int64]) -> None:
+        """n durations; negative ones count as 0."""
+        if len(durations_ns) == 0:
+            return
+        scaled = np.maximum(durations_ns, _LEAST_NS) / _LEAST_NS
+        buckets = np.minimum(np.log2(scaled) * _PER_OCTAVE, _BUCKETS - 1).astype(np.int64)
+        self.counts += np.bincount(buckets, minlength=_BUCKETS)
+        self.count += len(durations_ns)
+        self.greatest_ns = max(self.greatest_ns, int(durations_ns.max()))
+
+    def percentile_ns(self, percent: float) -> int:
+        """The duration that ``percent`` of all do not exceed, to a fifth; 0 when there are none."""
+        if self.count == 0:
+            return 0
+        rank = max(1, -(-self.count * percent // 100))
+        bucket = int(np.searchsorted(np.cumsum(self.counts), rank))
+        return min(int(_LEAST_NS * 2 ** ((bucket + 1) / _PER_OCTAVE)), self.greatest_ns)
+
+    def report(self) -> dict[str, int]:
+        """What a person wants to see of it."""
+        return {
+            "count": self.count,
+            "p50_ns": self.percentile_ns(50),
+            "p99_ns": self.percentile_ns(99),
+            "max_ns": self.greatest_ns,
+        }

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Both ends of a replication link, without I/O: bytes go in and come out, time is an argument.
+
+Rules:
+- Who dialled sends sessions, who listens receives them. Both introduce themselves with HELLO; what does not fit is
+  refused with a reason.
+- ``Sender`` lives as long as its peer is configured, over many connections; ``Receiver`` is one connection.
+- What is sent is the table's state when its turn comes. A frame in flight remembers which slots it told of; when the
+  connection ends before its acknowledgement they are marked again. What is in flight is bounded in bytes and frames;
+  beyond that marks stay marks, so a slow peer costs no memory.
+- A link that has nothing in flight sends a single change at once. Else changes wait for the next acknowledgement, for
+  32 of them or for 100 ms, whichever is first; under load they gather to large frames by themselves.
+- A full sync is: BEGIN, every session once, beside live changes, END; then the receiver drops what was not named. It
+  is made when the receiver cannot be known to hold all that it acknowledged; else a reconnect goes on where it was.
+- An engine never raises for what its peer does: it says why in a REFUSE frame and in a ``Down`` event, and is
+  ``closed``.
+
+    what happens                            what to call
+    a connection is there                   Sender.connected(now) / Receiver(...)
+    bytes came                              receive(data, now)
+    a mark was set, or a deadline passed    outgoing(now), and write it; next_event() until None
+    ``closed`` and all written, or EOF      disconnected(now), and close the connection
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from collector.record import Bools
+from collector.table import Dirty, SessionTable, Taken
+
+from . import codec, wire
+from .codec import ENDED, IPV4, IPV6, SIZES, Buffer
+from .compression import Pays
+from .engine import Down, Engine, Event, LinkSettings, State, Synced, Up
+from .histogram import Histogram
+from .replica import LinkRefused, Replica, Replicas
+from .wire import SEQUENCED, Fault, Frame, Hello, Opcode, ProtocolError, Reason, Role, SyncReason
+
+__all__ = ["Down", "Event", "LinkSettings", "Receiver", "Sender", "State", "Synced", "Up"]
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A frame that is not acknowledged."""
+
+    sequence: int
+    size: int
+    told: Taken
+
+
+_TOLD_NOTHING = Dirty(0).claim(0)
+CLAIM = 4096  # slots taken from the marks at once
+
+
+def _chosen(taken: Taken, which: Bools | slice) -> Taken:
+    return Taken(taken.slots[which], taken.since_ns[which], taken.fresh[which])
+
+
+class Sender(Engine):
+    """The dialling side: tells one peer of the sessions in ``table`` that are marked in ``dirty``."""
+
+    _COUNTERS = (
+        "connections", "frames_received", "frames_sent", "bytes_sent", "bytes_plain", "frames_compressed", "created",
+        "updated", "deleted", "acknowledged", "full_syncs", "partial_syncs", "resyncs_requested", "given_back",
+        "protocol_errors",
+    )  # fmt: skip
+
+    def __init__(self, table: SessionTable, dirty: Dirty, me: Hello, settings: LinkSettings | None = None) -> None:
+        """``me``: role sender, with the table's slots."""
+        super().__init__(me, settings or LinkSettings())
+        if me.role is not Role.SENDER or me.slots != table.slots:
+            raise ValueError("a sender introduces itself as one, with the slots of its table")
+        self._table, self._dirty = table, dirty
+        self._told = np.zeros(table.slots, np.bool_)  # slots in which the peer may believe a session to be
+        self._sequence = 0  # of the last frame that counts
+        self._acknowledged = 0
+        self._flight: deque[_InFlight] = deque()
+        self._flight_bytes = 0
+        self._held: tuple[int, int, int] | None = None  # node, run and replica that our marks are about
+        self._due: SyncReason | None = SyncReason.FIRST  # a full sync that waits to begin
+        self._snapshot: int | None = None  # number of the one that is under way
+        self._snapshots = self._begin_sequence = 0
+        self._snapshot_ns = 0
+        self._snapshot_sessions = 0
+        self._end_sequence: int | None = None  # SNAPSHOT_END, while it is not acknowledged
+        self._compress = Pays(self.settings.compress)
+        self.full_sync_reason: SyncReason | None = None  # of the last one
+        self.last_sync_ns = 0  # how long it took
+        self.latency = Histogram()  # change seen in DPVS -> acknowledged by the peer
+
+    # --- the connection ----------------------------------------------------------------------------------------------
+
+    def connected(self, now_ns: int) -> None:
+        """A new connection to the peer; the one before, if any, has ended."""
+        self.disconnected(now_ns)
+        self._start(now_ns)
+        self.counters["connections"] += 1
+        self._sequence = self._acknowledged = 0
+        self._ready.append(wire.pack_hello(self.me))
+
+    def disconnected(self, now_ns: int) -> None:
+        """The connection is gone."""
+        if not self.closed:
+            self._end(Down("the connection ended"), now_ns)
+        self._let_go(now_ns)
+        self._ready.clear()
+        self.state = State.IDLE
+
+    def resync(self, reason: SyncReason = SyncReason.REQUESTED) -> None:
+        """Make a full sync as soon as possible."""
+        self._due = reason
+
+    @property
+    def pending(self) -> int:
+        """Slots that the peer has to be told of."""
+        return self._dirty.pending
+
+    @property
+    def in_flight(self) -> int:
+        """Frames that are not acknowledged."""
+        return len(self._flight)
+
+    @property
+    def settled(self) -> bool:
+        """The peer has acknowledged all there is to tell."""
+        return self.state is State.LIVE and not self._flight and not self._dirty.pending
+
+    def report(self) -> Mapping[str, object]:
+        """For status and metrics."""
+        return {
+            "state": self.state.value,
+            "peer": self.peer.node if self.peer else None,
+            **self.counters,
+            "pending": self.pending,
+            "in_flight_frames": len(self._flight),
+            "in_flight_bytes": self._flight_bytes,
+            "full_sync_reason": self.full_sync_reason.name.lower() if self.full_sync_reason else None,
+            "full_sync_ns": self.last_sync_ns,
+            "latency": self.latency.report(),
+            "compressing": self._compress.on,
+        }
+
+    def next_deadline(self, now_ns: int) -> int | None:
+        """See the base; also the end of a change's wait for others."""
+        due = super().next_deadline(now_ns)
+        if due is not None and self.state in (State.LIVE, State.SYNCING) and self._flight and not self._window_full:
+            oldest = self._dirty.oldest_ns
+            if oldest is not None:
+                due = min(due, oldest + self.settings.batch_ns)
+        return due
+
+    # --- frames of the peer ------------------------------------------------------------------------------------------
+
+    def _handle(self, frame: Frame, now_ns: int) -> None:
+        if frame.opcode is Opcode.REFUSE:
+            self._refused(frame, now_ns)
+        elif self.state is State.HELLO:
+            if frame.opcode is not Opcode.HELLO:
+                raise ProtocolError(Fault.UNEXPECTED, f"{frame.opcode.name} before HELLO")
+            self._introduced(wire.parse_hello(frame.body), now_ns)
+        elif frame.opcode is Opcode.ACK:
+            self._acknowledge(frame.sequence, now_ns)
+        elif frame.opcode is Opcode.RESYNC:
+            reason = wire.parse_resync(frame.body)
+            self.counters["resyncs_requested"] += 1
+            self.resync(SyncReason(reason) if reason in set(SyncReason) else SyncReason.REQUESTED)
+        elif frame.opcode is not Opcode.HEARTBEAT:
+            raise ProtocolError(Fault.UNEXPECTED, f"{frame.opcode.name} from a receiver")
+
+    def _introduced(self, peer: Hello, now_ns: int) -> None:
+        refusal = self._check(peer, Role.RECEIVER)
+        if refusal is not None:
+            self._refuse(*refusal, now_ns)
+            return
+        self.peer = peer
+        held = (peer.node_id, peer.epoch, peer.replica)
+        if self._held is None:
+            self._due = SyncReason.FIRST
+        elif held[:2] != self._held[:2]:
+            self._due = SyncReason.PEER_RESTARTED
+        elif held != self._held:
+            self._due = SyncReason.NOT_HELD
+        self._held = held
+        if self._due is None:
+            self.counters["partial_syncs"] += 1
+        self._settle_state()
+        self._events.append(Up(peer, self._due))
+
+    def _acknowledge(self, sequence: int, now_ns: int) -> None:
+        if sequence > self._sequence:
+            raise ProtocolError(Fault.SEQUENCE, f"{sequence} acknowledged, {self._sequence} sent")
+        if sequence <= self._acknowledged:
+            return
+        self._acknowledged = sequence
+        size = 0
+        while self._flight and self._flight[0].sequence <= sequence:
+            frame = self._flight.popleft()
+            size += frame.size
+            self.counters["acknowledged"] += len(frame.told.slots)
+            since = frame.told.since_ns[frame.told.since_ns > 0]
+            self.latency.add(now_ns - since)
+        self._flight_bytes -= size
+        self._compress.acknowledged(size, now_ns)
+        if self._end_sequence is not None and sequence >= self._end_sequence:
+            self._snapshot = self._end_sequence = None
+            self.last_sync_ns = now_ns - self._snapshot_ns
+            self._events.append(Synced(self._snapshot_sessions, self.last_sync_ns))
+            self._settle_state()
+
+    def _settle_state(self) -> None:
+        self.state = State.LIVE if self._due is None and self._snapshot is None else State.SYNCING
+
+    # --- frames to the peer ------------------------------------------------------------------------------------------
+
+    @property
+    def _window_full(self) -> bool:
+        return self._flight_bytes >= self.settings.window_bytes or len(self._flight) >= self.settings.window_frames
+
+    def _produce(self, now_ns: int) -> None:
+        if self.state is State.HELLO:
+            return
+        if self._due is not None:
+            if not self._table.complete:
+                return  # what we have not seen yet would be dropped there
+            self._begin_full_sync(self._due, now_ns)
+        while not self._window_full and self._worth_sending(now_ns):
+            room = (self.settings.window_bytes - self._flight_bytes) // SIZES[IPV6]
+            self._tell(self._dirty.claim(max(1, min(room, CLAIM))))
+        self._compress.waiting(now_ns, held_back=self._window_full and self._dirty.pending > 0)
+        if self._snapshot is not None and self._end_sequence is None and self._dirty.owed == 0:
+            self._end_sequence = self._sequence + 1
+            self._send(wire.pack_snapshot_end(self._end_sequence, self._snapshot), _TOLD_NOTHING)
+
+    def _worth_sending(self, now_ns: int) -> bool:
+        changes = self._dirty.changes
+        if self._dirty.owed or (changes and not self._flight) or changes >= self.settings.batch_changes:
+            return True
+        oldest = self._dirty.oldest_ns
+        return oldest is not None and now_ns - oldest >= self.settings.batch_ns
+
+    def _begin_full_sync(self, reason: SyncReason, now_ns: int) -> None:
+        self._due = None
+        self.full_sync_reason = reason
+        self.counters["full_syncs"] += 1
+        self._snapshots += 1
+        self._snapshot, self._snapshot_ns, self._snapshot_sessions = self._snapshots, now_ns, self._table.count
+        self._end_sequence = None
+        if reason in (SyncReason.FIRST, SyncReason.PEER_RESTARTED):
+            self._told[:] = False
+        self._dirty.owe(self._table.shared)
+        self._begin_sequence = self._sequence + 1
+        self._send(wire.pack_snapshot_begin(self._begin_sequence, self._snapshot, reason), _TOLD_NOTHING)
+        self._settle_state()
+
+    def _tell(self, taken: Taken) -> None:
+        """Frames for slots whose marks were just taken: ends first, as another slot may have the same tuple now."""
+        shared = self._table.shared[taken.slots]
+        told = self._told[taken.slots]
+        self._told[taken.slots] = shared
+        if not shared.all():
+            gone = _chosen(taken, ~shared & told)  # one that came and went between two frames is not worth a word
+            for part in codec.batches(ENDED, len(gone.slots), self.settings.body_bytes):
+                batch = _chosen(gone, part)
+                generations = self._table.generation[batch.slots]
+                sequence = self._sequence + 1
+                self._send(codec.pack_deletes(sequence, batch.slots, generations), batch)
+                self.counters["deleted"] += len(batch.slots)
+            taken, told = _chosen(taken, shared), told[shared]
+        if len(taken.slots) == 0:
+            return
+        records = self._table.rows(taken.slots)
+        four = codec.is_ipv4(records)
+        fresh = taken.fresh | ~told
+        for kind, of_kind in ((IPV4, four), (IPV6, ~four)):
+            for opcode, chosen in ((Opcode.CREATE, of_kind & fresh), (Opcode.UPDATE, of_kind & ~fresh)):
+                count = int(np.count_nonzero(chosen))
+                if count == 0:
+                    continue
+                everything = count == len(chosen)
+                group, rows = (taken, records) if everything else (_chosen(taken, chosen), records[chosen])
+                self.counters["created" if opcode is Opcode.CREATE else "updated"] += count
+                for part in codec.batches(kind, count, self.settings.body_bytes):
+                    sequence, plain = self._sequence + 1, rows[part]
+                    frame = codec.pack_records(opcode, sequence, plain, kind, compress=self._compress.on)
+                    self._send(frame, _chosen(group, part), len(plain) * SIZES[kind])
+
+    def _send(self, frame: Buffer, told: Taken, plain_bytes: int = 0) -> None:
+        self._sequence += 1
+        size = len(frame)
+        self._flight.append(_InFlight(self._sequence, size, told))
+        self._flight_bytes += size
+        self._ready.append(frame)
+        self.counters["frames_sent"] += 1
+        self.counters["bytes_sent"] += size
+        self.counters["bytes_plain"] += max(plain_bytes, size)
+        if plain_bytes:
+            compressed = size < plain_bytes
+            self.counters["frames_compressed"] += compressed
+            self._compress.packed(smaller=compressed)
+
+    def _let_go(self, now_ns: int) -> None:
+        """What is not acknowledged has not been told."""
+        if self._snapshot is not None:
+            if self._acknowledged < self._begin_sequence:
+                self._due, self._snapshot = self.full_sync_reason, None  # perhaps it never heard of it: begin again
+            self._end_sequence = None
+        for frame in self._flight:
+            self._told[frame.told.slots] = True
+            self.counters["given_back"] += len(frame.told.slots)
+            self._dirty.give_back(frame.told, owed=self._snapshot is not None)
+        self._flight.clear()
+        self._flight_bytes = 0
+        self._compress.reset()
+
+
+class Receiver(Engine):
+    """The listening side, one connection: writes what an origin tells into its replica."""
+
+    _COUNTERS = ("frames_received", "records_received", "duplicates", "gaps", "protocol_errors")
+
+    def __init__(self, replicas: Replicas, settings: LinkSettings | None = None, *, now_ns: int) -> None:
+        super().__init__(replicas.me, settings or LinkSettings())
+        self.replica: Replica | None = None
+        self._replicas = replicas
+        self._sequence = self._acknowledged = 0
+        self._gap = False  # something was missed since the last SNAPSHOT_BEGIN
+        self._start(now_ns)
+
+    def disconnected(self, now_ns: int) -> None:
+        """The connection is gone."""
+        if not self.closed:
+            self._end(Down("the connection ended"), now_ns)
+        self._ready.clear()
+
+    def report(self) -> Mapping[str, object]:
+        """For status and metrics."""
+        return {"state": self.state.value, "peer": self.peer.node if self.peer else None, **self.counters}
+
+    def _handle(self, frame: Frame, now_ns: int) -> None:
+        if frame.opcode is Opcode.REFUSE:
+            self._refused(frame, now_ns)
+        elif self.replica is None:
+            if frame.opcode is not Opcode.HELLO:
+                raise ProtocolError(Fault.UNEXPECTED, f"{frame.opcode.name} before HELLO")
+            self._introduced(wire.parse_hello(frame.body), now_ns)
+        elif self.replica.owner is not self:
+            self._refuse(Reason.REPLACED, "a newer connection has taken over", now_ns)
+        elif frame.opcode in SEQUENCED:
+            if self._in_order(frame.sequence):
+                self._take(frame, self.replica, now_ns)
+        elif frame.opcode is not Opcode.HEARTBEAT:
+            raise ProtocolError(Fault.UNEXPECTED, f"{frame.opcode.name} from a sender")
+
+    def _introduced(self, peer: Hello, now_ns: int) -> None:
+        refusal = self._check(peer, Role.SENDER)
+        if refusal is not None:
+            self._refuse(*refusal, now_ns)
+            return
+        try:
+            self.replica = self._replicas.open(peer, self, now_ns)
+        except LinkRefused as refused:
+            self._refuse(refused.reason, refused.text, now_ns)
+            return
+        self.peer = peer
+        self.state = State.LIVE if self.replica.synced else State.SYNCING
+        self._ready.append(wire.pack_hello(replace(self.me, replica=self.replica.number)))
+        self._events.append(Up(peer, None))
+
+    def _in_order(self, sequence: int) -> bool:
+        """Whether a frame is to be taken; asks for a full sync when one before it is missing."""
+        if sequence <= self._sequence:
+            self.counters["duplicates"] += 1
+            return False
+        if sequence != self._sequence + 1 and not self._gap:
+            self._gap = True
+            self.counters["gaps"] += 1
+            self._ready.append(wire.pack_resync(SyncReason.GAP))
+            self.state = State.SYNCING
+            if self.replica is not None:
+                self._replicas.distrust(self.replica)
+        self._sequence = sequence
+        return True
+
+    def _take(self, frame: Frame, replica: Replica, now_ns: int) -> None:
+        if frame.opcode is Opcode.DELETE:
+            slots, generations = codec.parse_deletes(frame.body, replica.slots)
+            self.counters["records_received"] += len(slots)
+            replica.end(slots, generations, now_ns)
+        elif frame.opcode is Opcode.SNAPSHOT_BEGIN:
+            number, _ = wire.parse_snapshot_begin(frame.body)
+            self._gap = False
+            self.state = State.SYNCING
+            replica.begin_full_sync(number, now_ns)
+        elif frame.opcode is Opcode.SNAPSHOT_END:
+            number = wire.parse_snapshot_end(frame.body)
+            if self._gap:
+                return  # the next one is on its way
+            took_ns = replica.end_full_sync(number, now_ns)
+            self.state = State.LIVE
+            self._events.append(Synced(replica.count, took_ns, self._replicas.synced(replica, now_ns)))
+        else:
+            records = codec.parse_records(frame.body, replica.slots)
+            self.counters["records_received"] += len(records)
+            replica.put(records, now_ns)
+
+    def _produce(self, now_ns: int) -> None:
+        if self._acknowledged < self._sequence:
+            self._acknowledged = self._sequence
+            self._ready.append(wire.pack(Opcode.ACK, self._sequence))
+
+    def _let_go(self, now_ns: int) -> None:
+        if self.replica is not None:
+            self._replicas.close(self.replica, self, now_ns)
