@@ -12,7 +12,7 @@ Rules
 - The agent is asked from one thread of our own: DPVS's control socket may be slow, and nothing here may wait for it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -35,6 +35,7 @@ from collector.record import (
     Slots,
     words,
 )
+from collector.table import Dirty
 from probes.agent import abi
 from probes.agent.client import AgentAbsent, AgentBusy, AgentRefused, code_name
 from probes.errors import DpvsProbeError
@@ -69,6 +70,8 @@ class Origin(Protocol):
     """What the injector reads of a replica: the sessions of one other node."""
 
     @property
+    def node_id(self) -> int: ...
+    @property
     def slots(self) -> int: ...
     @property
     def records(self) -> Records: ...
@@ -86,6 +89,19 @@ def injectable(records: Records) -> Bools:
     plain = (records["flags"] & (TEMPLATE | ONE_PACKET)) == 0
     open_: Bools = tcp & plain & _STATES[np.minimum(records["state"], 15)]
     return open_
+
+
+class _Orphans:
+    """Copies of an earlier run of a node that its present run does not name: a replica that wants none of them."""
+
+    link_up = False
+
+    def __init__(self, node_id: int, count: int) -> None:
+        self.node_id, self.slots = node_id, count
+        self.records: Records = np.zeros(count, RECORD)
+        self.present: Bools = np.zeros(count, np.bool_)
+        self.pending = Dirty(count)
+        self.pending.mark(np.arange(count))
 
 
 @dataclass
@@ -119,6 +135,12 @@ class _Batch:
     request_id: int = 0
 
 
+def _tuples(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.void]:
+    """Rows of words 1 to 10, (n, 10), as n values that are equal when the tuples are."""
+    masked = np.ascontiguousarray(rows & _TUPLE)
+    return masked.view(f"V{8 * (_LAST - _FIRST)}").reshape(len(rows))
+
+
 class Injector:
     """Feeds one agent from any number of replicas. ``tick`` does a little and never blocks."""
 
@@ -135,6 +157,7 @@ class Injector:
         self._refresh_ns = refresh_ns
         self._executor = executor or ThreadPoolExecutor(1, "inject")
         self._copies: dict[int, _Copies] = {}
+        self._orphans: dict[int, _Orphans] = {}
         self._batches: list[_Batch] = []
         self._not_before_ns = 0
         self.stopped: DpvsProbeError | None = None
@@ -144,9 +167,14 @@ class Injector:
     def tick(self, now_ns: int) -> None:
         """Take in what the agent answered, send it what changed, and refresh a part of the rest."""
         self._collect(now_ns)
-        current = {id(replica): replica for replica in self._replicas()}
-        for key in self._copies.keys() - current.keys():
-            del self._copies[key]
+        current: dict[int, Origin] = {id(replica): replica for replica in self._replicas()}
+        for key in self._copies.keys() - current.keys() - self._orphans.keys():
+            self._leave(self._copies.pop(key), current)
+        for key, orphans in list(self._orphans.items()):
+            if self._copies[key].has.any():
+                current[key] = orphans
+            else:
+                del self._orphans[key], self._copies[key]
         for key, replica in current.items():
             copies = self._copies.get(key)
             if copies is None:
@@ -186,6 +214,20 @@ class Injector:
     def close(self) -> None:
         """Wait for the request that is being sent, if any; nothing more is sent."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _leave(self, copies: _Copies, current: Mapping[int, Origin]) -> None:
+        """A replica is no more. If a later run of its node took its place, what that run does not name has ended."""
+        heirs = [r for r in current.values() if r.node_id == copies.replica.node_id]
+        if not heirs or not copies.has.any():
+            return  # nothing is known about the owner: its copies live as long as they would anyway
+        rows = copies.installed[copies.has]
+        named = np.concatenate([words(h.records[h.present])[:, _FIRST:_LAST] for h in heirs])
+        rows = rows[~np.isin(_tuples(rows), _tuples(named))]
+        if len(rows):
+            orphans = _Orphans(copies.replica.node_id, len(rows))
+            left = self._copies[id(orphans)] = _Copies(orphans)
+            left.installed[:], left.has[:] = rows, True
+            self._orphans[id(orphans)] = orphans
 
     def _room(self) -> int:
         """Records that the agent would take now."""

@@ -59,6 +59,7 @@ class FakeMarks:
 
 class FakeReplica:
     def __init__(self, slots: int = SLOTS) -> None:
+        self.node_id = 7
         self.slots = slots
         self.records: Records = np.zeros(slots, RECORD)
         self.present = np.zeros(slots, np.bool_)
@@ -278,6 +279,41 @@ def test_a_refusing_agent_stops_injection_and_says_so(world: World) -> None:
     world.agent.error = None
     world.run()
     assert world.agent.log == []
+
+
+def test_a_later_run_of_the_owner_takes_over_and_what_it_does_not_name_is_deleted() -> None:
+    agent, old = FakeAgent(), FakeReplica()
+    replicas = [old]
+    injector = Injector(agent, lambda: replicas, executor=Now())
+    for i in range(4):
+        old.put(i, 1000 + i, 2000 + i)
+    for now in range(1, 20):
+        injector.tick(now)
+    new = FakeReplica(SLOTS // 2)  # its DPVS has another pool, and the sessions other slots
+    for i in range(2):
+        new.put(10 + i, 1000 + i, 2000 + i)
+    replicas.append(new)
+    for now in range(20, 40):
+        injector.tick(now)
+    assert agent.sessions.keys() == {1000, 1001, 1002, 1003}
+    replicas.remove(old)
+    for now in range(40, 60):
+        injector.tick(now)
+    assert agent.sessions.keys() == {1000, 1001}
+    assert injector.installed() == 2
+
+
+def test_a_replica_that_just_goes_leaves_its_copies_alone() -> None:
+    agent, old = FakeAgent(), FakeReplica()
+    replicas = [old]
+    injector = Injector(agent, lambda: replicas, executor=Now())
+    old.put(1, 1000, 2000)
+    for now in range(1, 20):
+        injector.tick(now)
+    replicas.clear()
+    for now in range(20, 40):
+        injector.tick(now)
+    assert agent.sessions.keys() == {1000}
 
 
 def test_many_sessions_go_in_requests_of_at_most_512() -> None:
