@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from probes.control import ControlSocket
 from probes.layout import Layout
+from tests.lab import config
 from tests.lab.net import Network
 from tests.lab.process import LabError, Process, wait_for
 from tests.lab.run import Run
@@ -108,12 +109,8 @@ class Node(ABC):
 
     # -- life -------------------------------------------------------------------------------------------------------
     @abstractmethod
-    def argv(self) -> list[str]:
-        """Command line of the DPVS."""
-
-    @abstractmethod
-    def write_config(self) -> None:
-        """Write ``self.conf``."""
+    def program(self) -> Path:
+        """The DPVS to run."""
 
     @abstractmethod
     def configure(self, services: list[Service]) -> None:
@@ -122,6 +119,30 @@ class Node(ABC):
     @abstractmethod
     def counters(self) -> Counters:
         """Connection counts and used local ports, as DPVS itself says."""
+
+    def argv(self) -> list[str | Path]:
+        """Command line of the DPVS."""
+        settings = self.settings
+        options = config.eal(
+            first_cpu={"a": 0, "b": 1}[self.name],  # the two masters, and the two workers, on different CPUs
+            workers=settings.workers,
+            prefix=self.file_prefix,
+            huge=self.run.huge,
+            memory_mib=settings.memory_mib,
+        )
+        return [self.program(), "-c", self.conf, "-p", self.pid_file, "-x", self.ipc, "--", *options]
+
+    def write_config(self) -> None:
+        settings = self.settings
+        self.conf.write_text(
+            config.text(
+                log=self.directory / "dpvs.log",
+                workers=settings.workers,
+                pool=settings.pool,
+                established_s=settings.established_timeout_s,
+                timeouts=settings.timeouts,
+            )
+        )
 
     def environment(self) -> dict[str, str]:
         return {}

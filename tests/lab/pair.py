@@ -23,6 +23,7 @@ from tests.lab.node import ROOT, Node, Service, Settings
 from tests.lab.process import LabError, Process, wait_for
 from tests.lab.run import Run
 from tests.lab.sniff import ResetCounter
+from tests.lab.twin import TwinNode
 
 SYNC_PORT = 7777
 REAL_MEMORY_MIB = 1024
@@ -100,9 +101,7 @@ class Pair:
     def _make(self, name: str) -> Node:
         if self.kind == "dpvs":
             return real.RealNode(self.run, self.network, name, self.settings)
-        from tests.lab import twin
-
-        return twin.TwinNode(self.run, self.network, name, self.settings)
+        return TwinNode(self.run, self.network, name, self.settings)
 
     def _backends(self) -> None:
         backends = self.spawn("server", "backends", sys.executable, "-m", "tests.lab.backends", *self.plan.servers)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A node that is the twin of tests/twin, configured over its own control socket: a line in, JSON out."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+from tests.available import TWIN
+from tests.lab.node import Counters, Node, RealServer, Service
+from tests.lab.process import LabError
+
+REPLY_S = 30.0
+
+
+class TwinNode(Node):
+    kind = "twin"
+
+    def program(self) -> Path:
+        if not TWIN.exists():
+            raise LabError("the twin is not built: run ./scripts/setup")
+        return TWIN
+
+    def environment(self) -> dict[str, str]:
+        return {"TWIN_POLL": "1" if self.settings.poll else "0"}
+
+    def tell(self, line: str) -> dict[str, Any]:
+        """One command to the twin itself; its answer. Commands: tests/twin/README.md."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(REPLY_S)
+            connection.connect(f"{self.ipc}.twin")
+            connection.sendall(line.encode() + b"\n")
+            with connection.makefile("rb") as answer:
+                reply = json.loads(answer.read())
+        if not isinstance(reply, dict) or reply.get("ok") is not True:
+            raise LabError(f"node {self.name} refused '{line}': {reply}")
+        return reply
+
+    def configure(self, services: list[Service]) -> None:
+        self.tell(f"addr add {self.plan.node(self.name)}/24")
+        for address in dict.fromkeys(service.address for service in services):
+            self.tell(f"addr add {address}/32")
+        for service in services:
+            key = f"{service.proto} {service.address}:{service.port}"
+            self.tell(f"service add {key} sched rr")
+            for server in service.servers:
+                self.tell(f"dest add {key} {server}:{service.port} {'dr' if service.direct else 'fnat'}")
+            for local in service.local_addresses:
+                self.tell(f"laddr add {key} {local}")
+
+    def counters(self) -> Counters:
+        servers: dict[tuple[str, str], RealServer] = {}
+        used = 0
+        for worker in self.tell("stats")["workers"]:  # each worker counts for itself
+            used += sum(address["used"] for address in worker["addresses"])
+            for service in worker["services"]:
+                name = f"{service['proto']} {service['vip']}:{service['port']}"
+                for dest in service["dests"]:
+                    address = f"{dest['addr']}:{dest['port']}"
+                    before = servers.get((name, address))
+                    servers[name, address] = RealServer(
+                        name,
+                        address,
+                        dest["actconns"] + (before.active if before else 0),
+                        dest["inactconns"] + (before.inactive if before else 0),
+                    )
+        return Counters(tuple(servers.values()), used)
