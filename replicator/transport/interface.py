@@ -39,7 +39,7 @@ class Connection(Protocol):
     bytes_sent: int
     bytes_received: int
 
-    async def send(self, frames: Iterable[bytes]) -> None:
+    async def send(self, frames: Iterable[bytes | memoryview]) -> None:
         """Hand frames over, in order; returns when there is room for more. Raises LinkLost."""
 
     async def receive(self) -> bytes:

@@ -35,7 +35,7 @@ class TcpConnection:
         self.bytes_received = 0
         self._closed = False
 
-    async def send(self, frames: Iterable[bytes]) -> None:
+    async def send(self, frames: Iterable[bytes | memoryview]) -> None:
         """Hand frames over, in order; returns when there is room for more. Raises LinkLost."""
         data = b"".join(frames)
         try:

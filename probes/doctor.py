@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Each thing that attach needs: found or not, and what to do.
+
+Rules: looks and asks, changes nothing: no probe is attached, no agent loaded, no program given to the kernel. A check
+whose ground is missing is left out rather than failed a second time. ``ok`` is True, False, or None for what is worth
+knowing but stops nothing.
+"""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from probes import loader, uprobe
+from probes.agent import abi, loading
+from probes.agent.client import Door
+from probes.control import ControlSocket
+from probes.errors import DpvsProbeError, NeedRoot
+from probes.layout import Layout, release_name
+from probes.memory import SessionPool, choose_layout
+from probes.proof import LayoutDisproved, prove
+from probes.sites import session_sites
+from probes.target import ProcessGone, Target
+
+HUGEPAGES = Path("/sys/kernel/mm/hugepages")
+
+
+class Check(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    help: str = ""
+
+
+def examine(pid: int, *, layout_name: str | None = None, lock_holder: int | None = None) -> Iterator[Check]:
+    """All checks for attaching to ``pid``, as they are made. ``lock_holder``: the dpvs-probe that is attached now."""
+    yield _privileges()
+    yield from _kernel()
+    with ExitStack() as stack:
+        try:
+            target = stack.enter_context(Target.open(pid))
+        except DpvsProbeError as error:
+            yield _failed("process", error)
+            return
+        yield Check("process", True, f"{target.exe}, build id {target.build_id or 'none'}")
+        yield _lock(pid, lock_holder)
+        try:
+            layout = Layout.load(layout_name) if layout_name else choose_layout(target)
+        except DpvsProbeError as error:
+            yield _failed("layout", error)
+            return
+        yield Check("layout", True, f"{layout.name} (shipped: {', '.join(Layout.shipped())})")
+        control = ControlSocket(target.ipc_path, layout)
+        answers = _control(control)
+        yield answers
+        yield from _memory(target, layout, control if answers.ok else None)
+        yield from _sites(target)
+        yield from _agent(target)
+
+
+def _privileges() -> Check:
+    if os.geteuid() == 0:
+        return Check("privileges", True, "root")
+    return Check("privileges", False, f"uid {os.geteuid()}, not root", NeedRoot.help_text)
+
+
+def _kernel() -> Iterator[Check]:
+    machine = platform.machine()
+    if machine != "x86_64":
+        yield Check("machine", False, f"{machine}: dpvs-probe runs on x86_64 only")
+    if uprobe.supported():
+        yield Check("uprobes", True, f"kernel {platform.release()}")
+    else:
+        yield Check("uprobes", False, f"kernel {platform.release()} has none", uprobe.ProbeFailed.help_text)
+    try:
+        loader.available()
+    except NeedRoot:
+        pass  # said already
+    except DpvsProbeError as error:
+        yield _failed("bcc and headers", error)
+        return
+    named = os.environ.get(loader.SOURCE_VARIABLE)
+    if named:
+        good = Path(named, "include/linux").is_dir()
+        detail = f"{loader.SOURCE_VARIABLE}={named}" + ("" if good else ", where there are none")
+        yield Check("bcc and headers", good, detail, f"Correct {loader.SOURCE_VARIABLE} or leave it unset.")
+        return
+    headers = loader.kernel_headers()
+    yield Check("bcc and headers", True, str(headers) if headers else "linux-libc-dev with our shim")
+
+
+def _lock(pid: int, holder: int | None) -> Check:
+    if holder is None:
+        return Check("not attached yet", True, f"no dpvs-probe is attached to pid {pid}")
+    who = f"dpvs-probe (pid {holder})" if holder else "another dpvs-probe"
+    return Check("not attached yet", False, f"{who} is attached", "End it first: dpvs-probe detach")
+
+
+def _control(control: ControlSocket) -> Check:
+    try:
+        return Check("control socket", True, f"{control.path}: DPVS {release_name(control.release())} answers")
+    except DpvsProbeError as error:
+        return _failed("control socket", error)
+
+
+def _memory(target: Target, layout: Layout, control: ControlSocket | None) -> Iterator[Check]:
+    try:
+        with SessionPool.open(target, layout) as pool:
+            proof = prove(target, layout, pool, control)
+            if not pool.shared:
+                yield Check("shared memory", None, "DPVS's memory cannot be mapped, it is copied: slower scans")
+    except ProcessGone:
+        raise
+    except DpvsProbeError as error:
+        yield _failed("session pool", error)
+        return
+    for check in proof.checks:
+        ok = {"ok": True, "failed": False, "not yet": None}[check.status]
+        advice = LayoutDisproved.help_text if ok is False else "Nothing to do: it is looked at when there are sessions."
+        yield Check(check.name, ok, check.detail, advice)
+    sizes = sorted(p.name.removeprefix("hugepages-") for p in HUGEPAGES.glob("hugepages-*") if _count(p))
+    yield Check("hugepages", None if not sizes else True, ", ".join(sizes) or "none reserved: DPVS uses other memory")
+
+
+def _sites(target: Target) -> Iterator[Check]:
+    try:
+        sites = session_sites(target.function)
+    except DpvsProbeError as error:
+        yield _failed("probe sites", error)
+        return
+    for point, site in zip(("create", "free"), sites, strict=True):
+        detail = f"{site.function}: {site.mnemonic} ({site.why})"
+        dear = "About 11 us of a worker's time a session; there is no cheaper place in this binary."
+        yield Check(f"{point} site", True if site.cheap else None, detail, dear)
+
+
+def _agent(target: Target) -> Iterator[Check]:
+    """What putting peers' sessions in needs; a node with --no-inject or without --listen does without."""
+    advice = "Attach with --no-inject to replicate without it."
+    try:
+        thread = target.control_thread()
+        yield Check("control thread", True, f"thread {thread} can take the agent in")
+    except DpvsProbeError as error:
+        yield Check("control thread", False, str(error), advice)
+    tracer = loading.tracer_of(target.pid)
+    if tracer:
+        yield Check("tracer", False, f"process {tracer} traces it", "Detach the debugger.")
+    if not loading.LIBRARY.exists():
+        yield Check("agent", False, "the agent is not built", "Reinstall dpvs-probe (scripts/setup builds it).")
+        return
+    try:
+        door = Door.find(target)
+    except DpvsProbeError as error:
+        yield _failed("agent", error)
+        return
+    if door is None:
+        yield Check("agent", True, "not in DPVS yet, would be loaded")
+        return
+    found = f"version {door.version} is in DPVS, {door.state.name.lower()}"
+    if int(door.data["abi"]) != abi.ABI:
+        yield Check("agent", False, f"{found}, of another interface", advice)
+    elif door.state is abi.State.POISONED:
+        yield Check("agent", False, f"{found}: {door.error}", advice)
+    else:
+        yield Check("agent", True, found)
+
+
+def _failed(name: str, error: DpvsProbeError) -> Check:
+    return Check(name, False, str(error), error.help_text)
+
+
+def _count(pages: Path) -> int:
+    try:
+        return int((pages / "nr_hugepages").read_text())
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Attaching to a DPVS: find what is needed, prove it, then touch the process; undo all of it at the end.
+
+Rules: everything that can refuse comes before the first thing that touches the target. Touching is two steps: probes,
+and the agent where peers' sessions are to be put in. Each step's undo is on one stack, so an error half-way, a signal
+and an orderly end leave the same: nothing but a retired agent that refuses. Steps are said in plain lines.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from collector.collector import Collector
+from collector.record import DR, FNAT, NAT, SNAT, TUNNEL
+from collector.table import SessionTable
+from probes.agent import loading
+from probes.agent.client import AgentClient
+from probes.control import ControlSocket
+from probes.errors import DpvsProbeError, NeedRoot
+from probes.layout import Layout, release_name
+from probes.loader import RING_PAGES, Probes
+from probes.memory import SessionPool, choose_layout
+from probes.proof import LayoutDisproved, Proof, prove
+from probes.sites import session_sites
+from probes.target import Target
+from replicator.inject import Injector
+from replicator.link import Receiver, Sender
+from replicator.links import Links, Outbound, reach_any
+from replicator.node import Node, Parts
+from replicator.replica import Replicas
+from replicator.rundir import RunDir
+from replicator.transport.address import Address, resolve
+from replicator.transport.tcp import TcpDialer, TcpListener
+from replicator.wire import MAX_NAME, Hello, Role
+
+XMIT_MODES = {
+    "dp_vs_xmit_nat": NAT,
+    "dp_vs_xmit_tunnel": TUNNEL,
+    "dp_vs_xmit_dr": DR,
+    "dp_vs_xmit_fnat": FNAT,
+    "dp_vs_xmit_snat": SNAT,
+}
+PROOF_TRIES = 3
+CLOCK = time.monotonic_ns
+
+log = logging.getLogger(__name__)
+
+
+class BadNodeName(DpvsProbeError):
+    """A node name that cannot travel."""
+
+    help_text = f"Give --node 1 to {MAX_NAME} bytes of printable text, different on each node."
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    pid: int
+    peers: tuple[Address, ...] = ()
+    listen: Address | None = None
+    inject: bool = True
+    node: str | None = None
+    run_dir: RunDir = field(default_factory=RunDir)
+    layout: str | None = None
+    ring_pages: int = RING_PAGES
+    require_peer_s: float | None = None
+    version: str = ""
+
+
+def run(options: Options) -> int:
+    """Attach, stay attached, detach; the exit status. Raises DpvsProbeError when it cannot be done."""
+    return asyncio.run(_Attachment(options).run())
+
+
+class _Interrupted(Exception):
+    """A signal came while the steps were being taken."""
+
+
+class _Attachment:
+    """One attach, from its first check to its last undo."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._node: Node | None = None
+        self._interrupted = False
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        try:
+            async with AsyncExitStack() as stack:
+                self._node = await self._take_steps(stack)
+                await self._breathe()
+                status = await self._node.run(lambda: log.info("attached"))
+                log.info("detaching")
+        except _Interrupted:
+            status = 0
+        log.info("detached from pid %d", self._options.pid)
+        return status
+
+    def _on_signal(self, name: str) -> None:
+        log.info("%s: stopping", name)
+        self._interrupted = True
+        if self._node is not None:
+            self._node.stop()
+
+    async def _breathe(self) -> None:
+        """Let signals in between two steps."""
+        await asyncio.sleep(0)
+        if self._interrupted:
+            raise _Interrupted
+
+    async def _take_steps(self, stack: AsyncExitStack) -> Node:
+        options = self._options
+        name = node_name(options.node)
+        if os.geteuid() != 0:
+            raise NeedRoot("attaching to another process needs root")
+
+        # Look, and refuse. Nothing here changes the target.
+        target = stack.enter_context(Target.open(options.pid))
+        stack.enter_context(options.run_dir.lock(options.pid))
+        layout = Layout.load(options.layout) if options.layout else choose_layout(target)
+        control = ControlSocket(target.ipc_path, layout)
+        release = release_name(control.release())
+        log.info("found DPVS %s: pid %d, %s", release, target.pid, target.exe)
+        pool = stack.enter_context(SessionPool.open(target, layout))
+        proving = Proving(target, layout, pool, control)
+        proving.first()
+        sites = session_sites(target.function)
+        await self._breathe()
+        probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
+        await self._breathe()
+
+        me = Hello(name, time.time_ns(), Role.SENDER, pool.slots, instance=target.start_time << 22 | target.pid)
+        dialers = [TcpDialer(peer) for peer in options.peers]
+        for peer in options.peers:
+            await resolve(peer)
+        listener = TcpListener(options.listen) if options.listen else None
+        if listener is not None:
+            stack.push_async_callback(listener.close)
+            await listener.start()
+            log.info("listening for peers on %s", listener.address)
+        if options.require_peer_s is not None:
+            await reach_any(dialers, options.require_peer_s)
+        await self._breathe()
+
+        # Touch.
+        probes.reattach()
+        for site in sites:
+            log.info("probe at %s: %s (%s)", site.function, site.mnemonic, site.why)
+        await self._breathe()
+        replicas = Replicas(Hello(name, me.epoch, Role.RECEIVER, instance=me.instance))
+        client: AgentClient | None = None
+        injector: Injector | None = None
+        if options.inject and listener is not None:
+            client = loading.load(target, layout, control)
+            stack.callback(_retire, client, target)
+            log.info("agent %s is in DPVS, peers' sessions will be put in", client.door.version)
+            injector = Injector(client, lambda: replicas)
+            await self._breathe()
+
+        table = SessionTable(pool.slots)
+        modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
+        collector = Collector(pool, probes.ring(), table, modes=modes, workers=target.workers(), lost=probes.lost)
+        outbound = [Outbound(dialer, Sender(table, table.add_peer(dialer.address), me), CLOCK) for dialer in dialers]
+        links = Links(
+            outbound,
+            replicas,
+            listener=listener,
+            make_receiver=lambda: Receiver(replicas, now_ns=CLOCK()),
+            shared=lambda: int(table.shared.sum()),
+        )
+        if not dialers and listener is None:
+            log.info("neither --peer nor --listen: sessions are only watched")
+        return Node(
+            Parts(
+                name=name,
+                pid=target.pid,
+                collector=collector,
+                links=links,
+                admin_path=options.run_dir.socket_path(target.pid),
+                injector=injector,
+                pidfd=target.pidfd,
+                release=pool.close,
+                prove=None if proving.done else proving.again,
+                about={
+                    "exe": target.exe,
+                    "build_id": target.build_id,
+                    "release": release,
+                    "layout": layout.name,
+                    "version": options.version,
+                    "slots": pool.slots,
+                    "memory": "mapped" if pool.shared else "copied",
+                    "listen": listener.address if listener else None,
+                },
+                more=lambda: _more(probes, sites, client),
+            )
+        )
+
+
+class Proving:
+    """Proves the layout, at once as far as sessions allow, and again when there are some."""
+
+    def __init__(self, target: Target, layout: Layout, pool: SessionPool, control: ControlSocket) -> None:
+        self._prove: Callable[[], Proof] = lambda: prove(target, layout, pool, control)
+        self._layout = layout
+        self.done = False
+
+    def first(self) -> None:
+        """Before anything is touched. Raises LayoutDisproved."""
+        if not self._once():
+            log.info("layout %s fits; it will be proven as soon as there are sessions", self._layout.name)
+
+    def again(self) -> bool:
+        """Whether it is proven now. Raises LayoutDisproved."""
+        return self._once()
+
+    def _once(self) -> bool:
+        proof = self._prove()
+        for _ in range(PROOF_TRIES - 1):  # sessions move while we look: what is wrong must be wrong each time
+            if not proof.failed:
+                break
+            proof = self._prove()
+        if proof.failed:
+            check = proof.failed[0]
+            raise LayoutDisproved(f"layout {self._layout.name} is not that of this DPVS: {check.name}: {check.detail}")
+        if proof.fields_ok:
+            self.done = True
+            log.info("layout %s proven on %d live sessions", self._layout.name, proof.sampled)
+        return self.done
+
+
+def node_name(given: str | None) -> str:
+    """The name of this node; raises BadNodeName."""
+    name = socket.gethostname() if given is None else given
+    if not name or not name.isprintable() or len(name.encode(errors="replace")) > MAX_NAME or name == "own":
+        raise BadNodeName(f"'{name}' cannot be a node's name")
+    return name
+
+
+def _more(probes: Probes, sites: Any, client: AgentClient | None) -> Mapping[str, Any]:
+    """For status: what the probes and the agent say now."""
+    said: dict[str, Any] = {
+        "probes": {
+            "sites": [{"function": s.function, "instruction": s.mnemonic, "kind": s.kind} for s in sites],
+            "ring_bytes": probes.ring_bytes,
+            **probes.counters(),
+        }
+    }
+    if client is not None:
+        try:
+            said["agent"] = client.counters()
+        except (DpvsProbeError, OSError) as error:
+            said["agent"] = {"unreadable": str(error)}
+    return said
+
+
+def _retire(client: AgentClient, target: Target) -> None:
+    if not target.alive():
+        return
+    try:
+        loading.unload(client)
+        log.info("agent retired")
+    except (DpvsProbeError, OSError) as error:
+        log.warning("the agent stays in DPVS as it is: %s", error)

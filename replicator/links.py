@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The links of one node: a sender for each peer that we dial, a receiver for each peer that dials us.
+
+Rules: what to say is the engines' business (``link.py``), how bytes travel the transport's; here the two are put
+together. A link that ends is dialled again, soon at first and every two seconds at most, for ever. A state is said
+once, not at each attempt. An engine is fed only as fast as its connection takes what it gives.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from probes.errors import DpvsProbeError
+from replicator.admin import Line
+from replicator.link import Down, Event, Receiver, Sender, Synced, Up
+from replicator.replica import Replica, Replicas
+from replicator.transport.interface import Backoff, Connection, Dialer, LinkLost, Listener, PeerUnreachable
+
+Clock = Callable[[], int]
+MAX_INBOUND = 128
+AGE_S = 1.0
+LONGEST_WAIT_S = 1.0
+PARTING_S = 0.1
+
+log = logging.getLogger(__name__)
+
+
+class _Driver:
+    """Moves bytes between one engine and one connection until either ends."""
+
+    def __init__(self, engine: Sender | Receiver, on_event: Callable[[Event], None], clock: Clock) -> None:
+        self._engine, self._on_event, self._clock = engine, on_event, clock
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """There may be something to say."""
+        self._wake.set()
+
+    async def drive(self, connection: Connection) -> None:
+        """Returns when the link is over; the connection is closed then. Raises nothing of the transport's."""
+        engine = self._engine
+        reading = asyncio.create_task(self._read(connection))
+        try:
+            while True:
+                self._wake.clear()
+                frames = engine.outgoing(self._clock())
+                self._tell()
+                if frames:
+                    await connection.send(frames)
+                elif reading.done():
+                    break
+                elif not engine.closed:
+                    await self._wait()
+                if engine.closed:
+                    break
+        except LinkLost as error:
+            log.debug("%s", error)
+            await asyncio.wait({reading}, timeout=PARTING_S)  # why it refused us may lie in the socket
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            engine.disconnected(self._clock())
+            self._tell()
+            await connection.close()
+
+    async def _read(self, connection: Connection) -> None:
+        try:
+            while data := await connection.receive():
+                self._engine.receive(data, self._clock())
+                self._wake.set()
+                await asyncio.sleep(0)  # a peer that always has more to say does not get the loop for itself
+        except LinkLost as error:
+            log.debug("%s", error)
+        finally:
+            self._wake.set()
+
+    async def _wait(self) -> None:
+        now = self._clock()
+        due = self._engine.next_deadline(now)
+        seconds = LONGEST_WAIT_S if due is None else min(max(due - now, 0) / 1e9, LONGEST_WAIT_S)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    def _tell(self) -> None:
+        while (event := self._engine.next_event()) is not None:
+            self._on_event(event)
+
+
+class Outbound:
+    """One peer that we send our sessions to."""
+
+    def __init__(self, dialer: Dialer, sender: Sender, clock: Clock, backoff: Backoff | None = None) -> None:
+        self.sender = sender
+        self._dialer, self._clock = dialer, clock
+        self._backoff = backoff or Backoff()
+        self._driver = _Driver(sender, self._on_event, clock)
+        self._said = ""
+        self._bytes_before = 0
+        self._connection: Connection | None = None
+        self.note = ""
+        self.node: str | None = None
+        self.since_ns = clock()
+
+    async def run(self) -> None:
+        """Dial, talk, dial again; for ever."""
+        while True:
+            try:
+                connection = await self._dialer.dial()
+            except PeerUnreachable as error:
+                self._trouble(str(error))
+            else:
+                self._connection = connection
+                self.sender.connected(self._clock())
+                await self._driver.drive(connection)
+                self._bytes_before += connection.bytes_sent
+                self._connection = None
+            await asyncio.sleep(self._backoff.wait_s())
+
+    def poke(self) -> None:
+        """The table may have changed."""
+        if self._connection is not None and self.sender.pending:
+            self._driver.wake()
+
+    @property
+    def settled(self) -> bool:
+        """All that this peer can be told, it has acknowledged; a peer that is not there can be told nothing."""
+        return self._connection is None or self.sender.settled
+
+    def row(self, now_ns: int, sessions: int) -> Line:
+        """For the command ``peers``."""
+        counters, latency = self.sender.counters, self.sender.latency
+        connection = self._connection
+        return {
+            "direction": "to",
+            "node": self.node,
+            "address": self._dialer.address,
+            "state": self.sender.state.value if connection else "down",
+            "for_s": round((now_ns - self.since_ns) / 1e9, 1),
+            "sessions": sessions,
+            "waiting": self.sender.pending,
+            "records": counters["created"] + counters["updated"] + counters["deleted"],
+            "bytes": self._bytes_before + (connection.bytes_sent if connection else 0),
+            "note": self.note,
+            "event_to_peer_p50_ms": round(latency.percentile_ns(50) / 1e6, 3) if latency.count else None,
+            "event_to_peer_p99_ms": round(latency.percentile_ns(99) / 1e6, 3) if latency.count else None,
+            "link": dict(self.sender.report()),
+        }
+
+    def _on_event(self, event: Event) -> None:
+        now = self._clock()
+        if isinstance(event, Up):
+            self.node, self.since_ns, self.note, self._said = event.peer.node, now, "", ""
+            self._backoff.reset()
+            what = "going on where it was" if event.full_sync is None else "sending all sessions"
+            log.info("peer %s (%s) is up, %s", self.node, self._dialer.address, what)
+        elif isinstance(event, Synced):
+            log.info("peer %s has all %d sessions, after %.0f ms", self.node, event.sessions, event.took_ns / 1e6)
+        elif isinstance(event, Down):
+            who = f"peer {self.node} ({self._dialer.address})" if self.node else f"peer {self._dialer.address}"
+            if event.refused is not None:
+                self._trouble(f"{who} {'refuses us' if event.by_peer else 'is refused'}: {event.why}")
+            else:
+                self._trouble(f"{who} is down: {event.why}")
+
+    def _trouble(self, what: str) -> None:
+        if not self.note:
+            self.since_ns = self._clock()
+        self.note = what
+        if what != self._said:
+            self._said = what
+            log.warning("%s; trying again until it works", what)
+
+
+class _Inbound:
+    """One peer that has dialled us."""
+
+    def __init__(self, receiver: Receiver, connection: Connection, clock: Clock) -> None:
+        self.receiver, self.connection, self._clock = receiver, connection, clock
+        self.node: str | None = None
+        self.since_ns = clock()
+        self.driver = _Driver(receiver, self._on_event, clock)
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Up):
+            self.node, self.since_ns = event.peer.node, self._clock()
+            log.info("peer %s (%s) is up, it sends us its sessions", self.node, self.connection.remote)
+        elif isinstance(event, Synced):
+            log.info("%d sessions of peer %s are here, after %.0f ms", event.sessions, self.node, event.took_ns / 1e6)
+        elif isinstance(event, Down):
+            if event.refused is not None:
+                side = "ended the link" if event.by_peer else "is refused"
+                log.warning("peer %s %s: %s", self.node or self.connection.remote, side, event.why)
+            elif self.node is not None:
+                log.warning("peer %s is gone (%s); its sessions are kept", self.node, event.why)
+            else:
+                log.debug("connection from %s came to nothing: %s", self.connection.remote, event.why)
+
+
+class Links:
+    """All links of a node. ``run`` serves them until cancelled."""
+
+    def __init__(
+        self,
+        outbound: Iterable[Outbound],
+        replicas: Replicas,
+        *,
+        listener: Listener | None = None,
+        make_receiver: Callable[[], Receiver] | None = None,
+        shared: Callable[[], int] = lambda: 0,
+        clock: Clock = time.monotonic_ns,
+    ) -> None:
+        """``listener``: started already; ``make_receiver``: an engine for a new connection; ``shared``: how many of
+        our sessions peers are told of.
+        """
+        self._outbound = list(outbound)
+        self._replicas = replicas
+        self._listener, self._make_receiver = listener, make_receiver
+        self._shared, self._clock = shared, clock
+        self._inbound: dict[asyncio.Task[None], _Inbound] = {}
+
+    def replicas(self) -> Iterable[Replica]:
+        """The sessions of all peers that sent us any."""
+        return self._replicas
+
+    async def run(self) -> None:
+        """Serve all links; returns only by being cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for link in self._outbound:
+                tasks.create_task(link.run())
+            if self._listener is not None and self._make_receiver is not None:
+                tasks.create_task(self._accept(self._listener, self._make_receiver))
+            tasks.create_task(self._age())
+
+    async def close(self) -> None:
+        """End what ``run`` did not: the listener, and the links that peers opened."""
+        if self._listener is not None:
+            await self._listener.close()
+        tasks = list(self._inbound)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def poke(self) -> None:
+        """Our table may have changed."""
+        for link in self._outbound:
+            link.poke()
+
+    def settled(self) -> bool:
+        """All peers that are there have acknowledged all there is."""
+        return all(link.settled for link in self._outbound)
+
+    def peers(self, now_ns: int) -> list[Line]:
+        """One line a link, and one for each replica whose link is gone."""
+        shared = self._shared()
+        rows = [link.row(now_ns, shared) for link in self._outbound]
+        live = {id(link.receiver): link for link in self._inbound.values()}
+        for replica in self._replicas:
+            link = live.get(id(replica.owner))
+            row: dict[str, Any] = {
+                "direction": "from",
+                "node": replica.node,
+                "address": link.connection.remote if link else None,
+                "state": link.receiver.state.value if link else "gone",
+                "for_s": round((now_ns - replica.since_ns) / 1e9, 1),
+                "sessions": replica.count,
+                "waiting": replica.pending.pending,
+                "records": sum(replica.counters[name] for name in ("created", "updated", "deleted")),
+                "bytes": link.connection.bytes_received if link else None,
+                "note": "" if replica.synced else "not complete",
+                "link": {**replica.counters, **(link.receiver.report() if link else {})},
+            }
+            rows.append(row)
+        return rows
+
+    async def _accept(self, listener: Listener, make_receiver: Callable[[], Receiver]) -> None:
+        while True:
+            connection = await listener.accept()
+            if len(self._inbound) >= MAX_INBOUND:
+                log.warning("connection from %s refused: %d are open", connection.remote, len(self._inbound))
+                await connection.close()
+                continue
+            link = _Inbound(make_receiver(), connection, self._clock)
+            task = asyncio.create_task(link.driver.drive(connection))
+            self._inbound[task] = link
+            task.add_done_callback(self._on_inbound_end)
+
+    def _on_inbound_end(self, task: asyncio.Task[None]) -> None:
+        link = self._inbound.pop(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("link from %s failed", link.connection.remote, exc_info=error)
+
+    async def _age(self) -> None:
+        while True:
+            await asyncio.sleep(AGE_S)
+            self._replicas.age(self._clock())
+
+
+async def reach_any(dialers: Iterable[Dialer], within_s: float) -> None:
+    """Wait until one of the peers takes a connection; raises the last PeerUnreachable when none does in time."""
+    waiting = {asyncio.create_task(_reach(dialer, within_s)): dialer for dialer in dialers}
+    errors: list[DpvsProbeError] = []
+    try:
+        for next_done in asyncio.as_completed(waiting):
+            try:
+                await next_done
+                return
+            except PeerUnreachable as error:
+                errors.append(error)
+        raise errors[-1]
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def _reach(dialer: Dialer, within_s: float) -> None:
+    backoff = Backoff()
+    last = PeerUnreachable(f"cannot reach peer {dialer.address}: no answer within {within_s:g} s")
+    try:
+        async with asyncio.timeout(within_s):
+            while True:
+                try:
+                    connection = await dialer.dial()
+                except PeerUnreachable as error:
+                    last = error
+                    await asyncio.sleep(backoff.wait_s())
+                else:
+                    await connection.close()
+                    return
+    except TimeoutError:
+        raise last from None

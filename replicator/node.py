@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One node while it runs: collector, links and injector in one asyncio loop, until it is told to stop.
+
+Rules
+- Nothing in the loop waits for the disk, the DPVS or a peer: the collector reads memory, links are asynchronous, the
+  injector asks its agent from a thread of its own. The one exception is the proof of the layout, when there were no
+  sessions to prove it on before: it asks DPVS a few questions, before the first session is sent to anybody.
+- When the DPVS process ends, its sessions have not ended: one last look at its memory, which is still there, then the
+  table is frozen, its pages are given back (a new DPVS needs them), and what peers do not have yet is sent for a moment
+  more. Exit status 3.
+- What goes wrong with a peer is said once and tried again. What goes wrong with our own DPVS ends the node with an
+  error.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from collector.record import Records
+from collector.table import Applied, SessionTable
+from probes.errors import DpvsProbeError
+from replicator import query
+from replicator.admin import AdminServer, BadRequest, Line
+from replicator.links import Links
+
+BUSY_S, CALM_S, IDLE_S = 0.001, 0.002, 0.005  # between two ticks: events come, came lately, came long ago
+CALM_AFTER_NS, IDLE_AFTER_NS = 50_000_000, 1_000_000_000
+PROOF_PAUSE_NS = 100_000_000
+LAST_WORDS_S = 1.0  # for peers, after the DPVS ended
+ADMIN_BLOCK = 1 << 15  # slots looked at for an answer before the loop does something else
+ADMIN_LINES = 500
+TARGET_ENDED = 3  # exit status
+
+log = logging.getLogger(__name__)
+
+
+class Collector(Protocol):
+    """``collector.collector.Collector``."""
+
+    table: SessionTable
+    copies: int
+    behind: bool
+    counters: dict[str, int]
+
+    def tick(self, now_ns: int) -> Applied: ...
+    def scan(self, now_ns: int) -> Applied: ...
+    def scan_all(self, now_ns: int) -> None: ...
+
+
+class Injector(Protocol):
+    """``replicator.inject.Injector``."""
+
+    stopped: DpvsProbeError | None
+
+    def tick(self, now_ns: int) -> None: ...
+    def counters(self) -> Mapping[str, Any]: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Parts:
+    """What a node is made of; attach makes the real ones."""
+
+    name: str
+    pid: int  # of the DPVS
+    collector: Collector
+    links: Links
+    admin_path: Path
+    injector: Injector | None = None
+    pidfd: int = -1  # readable once the DPVS has ended; -1: nobody watches
+    release: Callable[[], None] = lambda: None  # give back what we hold of the DPVS's memory
+    prove: Callable[[], bool] | None = None  # whether the layout is proven now; None: it was
+    about: Mapping[str, Any] = field(default_factory=dict)  # for status: what never changes
+    more: Callable[[], Mapping[str, Any]] = dict  # for status: what probes and agent say now
+
+
+class Node:
+    """Runs the parts. ``run`` returns the exit status: 0 after ``stop``, 3 when the DPVS has ended."""
+
+    def __init__(self, parts: Parts, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self._parts = parts
+        self._clock = clock
+        self._table = parts.collector.table
+        self._admin = AdminServer(parts.admin_path, self.answer)
+        self._began_ns = clock()
+        self._busy_ns = clock()
+        self._done: asyncio.Future[int] | None = None
+        self._target_ended = False
+        self._prove = parts.prove
+        self._prove_at_ns = 0
+        self._injection_said = False
+        self._complete_said = False
+        self.ticks = 0
+        self.longest_tick_ns = 0
+
+    async def run(self, started: Callable[[], None] = lambda: None) -> int:
+        """Work until told to stop; ``started`` is called once all is up."""
+        loop = asyncio.get_running_loop()
+        self._done = loop.create_future()
+        parts = self._parts
+        tasks: list[asyncio.Task[Any]] = []
+        watched = parts.pidfd >= 0
+        try:
+            await self._admin.start()
+            if watched:
+                loop.add_reader(parts.pidfd, self._on_target_end)
+            tasks = [asyncio.create_task(self._tick_loop()), asyncio.create_task(parts.links.run())]
+            for task in tasks:
+                task.add_done_callback(self._on_task_end)
+            started()
+            status = await self._done
+            if status == TARGET_ENDED:
+                await self._last_words()
+            return status
+        finally:
+            if watched:
+                loop.remove_reader(parts.pidfd)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await parts.links.close()
+            if parts.injector is not None:
+                parts.injector.close()
+            await self._admin.close()
+
+    def stop(self, status: int = 0) -> None:
+        """End ``run``."""
+        if self._done is not None and not self._done.done():
+            self._done.set_result(status)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    async def _tick_loop(self) -> None:
+        while not self._target_ended:
+            now = self._clock()
+            self.tick(now)
+            took = self._clock() - now
+            self.longest_tick_ns = max(self.longest_tick_ns, took)
+            if self._parts.collector.behind:
+                await asyncio.sleep(0)
+                continue
+            quiet = now - self._busy_ns
+            await asyncio.sleep(BUSY_S if quiet < CALM_AFTER_NS else CALM_S if quiet < IDLE_AFTER_NS else IDLE_S)
+
+    def tick(self, now_ns: int) -> None:
+        """One round: what the probes say, a slice of the scan, what that means for peers, and for our own DPVS."""
+        parts = self._parts
+        self.ticks += 1
+        for applied in (parts.collector.tick(now_ns), parts.collector.scan(now_ns)):
+            if len(applied.created) or len(applied.updated) or len(applied.deleted):
+                self._busy_ns = now_ns
+        if self._table.complete and not self._complete_said:
+            self._complete_said = True
+            log.info("%d sessions found in DPVS", len(self._table))
+        if self._prove is not None and now_ns >= self._prove_at_ns and (len(self._table) or parts.collector.copies):
+            self._try_to_prove(self._prove)
+        parts.links.poke()
+        if parts.injector is not None:
+            parts.injector.tick(now_ns)
+            if parts.injector.stopped is not None and not self._injection_said:
+                self._injection_said = True
+                log.error("no more sessions are put into DPVS: %s", parts.injector.stopped)
+
+    def _try_to_prove(self, prove: Callable[[], bool]) -> None:
+        began = self._clock()
+        if prove():
+            self._prove = None
+        ended = self._clock()
+        self._prove_at_ns = ended + max(PROOF_PAUSE_NS, 20 * (ended - began))
+
+    def _on_task_end(self, task: "asyncio.Task[Any]") -> None:
+        if task.cancelled() or self._done is None or self._done.done():
+            return
+        error = task.exception()
+        if error is not None and not self._target_ended:
+            self._done.set_exception(error)
+
+    # --- the end of the DPVS -----------------------------------------------------------------------------------------
+
+    def _on_target_end(self) -> None:
+        if self._target_ended:
+            return
+        self._target_ended = True
+        asyncio.get_running_loop().remove_reader(self._parts.pidfd)
+        now = self._clock()
+        try:
+            self._parts.collector.tick(now)
+            self._parts.collector.scan_all(now)
+        except (DpvsProbeError, OSError) as error:
+            log.debug("no last look at the memory of pid %d: %s", self._parts.pid, error)
+        self._table.freeze()
+        self._parts.release()
+        log.error(
+            "DPVS (pid %d) has ended; its %d sessions are kept by the peers as they were",
+            self._parts.pid,
+            len(self._table),
+        )
+        self.stop(TARGET_ENDED)
+
+    async def _last_words(self) -> None:
+        try:
+            async with asyncio.timeout(LAST_WORDS_S):
+                while not self._parts.links.settled():
+                    self._parts.links.poke()
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            log.warning("a peer did not take all of it in time")
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    async def answer(self, request: Mapping[str, Any]) -> AsyncIterator[list[Line]]:
+        """What the admin socket asks: blocks of lines."""
+        command = request["command"]
+        if command == "status":
+            yield [self.status()]
+        elif command == "peers":
+            yield self._parts.links.peers(self._clock())
+        elif command == "sessions":
+            async for block in self._sessions(query.Filter.of(request)):
+                yield block
+        elif command == "detach":
+            log.info("told to detach")
+            yield []
+            self.stop()
+        else:
+            raise BadRequest(f"there is no command '{command}'")
+
+    def status(self) -> Line:
+        """How we are, as one object."""
+        parts, counters = self._parts, self._parts.collector.counters
+        events = {name.removeprefix("events_"): n for name, n in counters.items() if name.startswith("events_")}
+        return {
+            "node": parts.name,
+            "pid": parts.pid,
+            "state": "target ended" if self._target_ended else "attached",
+            "for_s": round((self._clock() - self._began_ns) / 1e9, 1),
+            **parts.about,
+            "probe_pid": os.getpid(),
+            "sessions": {
+                "own": len(self._table),
+                "copies": parts.collector.copies,
+                "of_peers": {replica.node: replica.count for replica in parts.links.replicas()},
+            },
+            "complete": self._table.complete,
+            "events": {"total": counters.get("events", 0), **events},
+            "scans": counters.get("scan_passes", 0),
+            "collector": {n: v for n, v in counters.items() if not n.startswith("events") and n != "scan_passes"},
+            **parts.more(),
+            "injection": parts.injector.counters() if parts.injector is not None else "off",
+            "loop": {"ticks": self.ticks, "longest_tick_ms": round(self.longest_tick_ns / 1e6, 2)},
+        }
+
+    async def _sessions(self, wanted: query.Filter) -> AsyncIterator[list[Line]]:
+        room = wanted.limit or -1
+        sources = [(query.OWN, self._table.records, self._table.present)] if wanted.wants(query.OWN) else []
+        for replica in self._parts.links.replicas():
+            if wanted.wants(replica.node):
+                sources.append((replica.node, replica.records, replica.present))
+        for origin, records, present in sources:
+            for start in range(0, len(records), ADMIN_BLOCK):
+                part = slice(start, start + ADMIN_BLOCK)
+                found: Records = records[part][present[part]]
+                found = found[wanted.matches(found)]
+                if room >= 0:
+                    found = found[:room]
+                    room -= len(found)
+                for first in range(0, len(found), ADMIN_LINES):
+                    yield list(query.describe(found[first : first + ADMIN_LINES], origin))
+                if room == 0:
+                    return
+                await asyncio.sleep(0)
