@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Compile, load and attach the probe program. The only file that imports bcc.
+
+Rules: compiling is slow (half a second) and happens once; attaching and detaching are quick and may happen as often as
+the governor likes. Kernel headers of the running kernel are used where there are any, else the few in ``bpf/shim`` over
+linux-libc-dev; BCC_KERNEL_SOURCE, if the user has set it, is left alone. Nothing is read by bcc afterwards: the ring
+and the counters are mapped and read as numpy arrays. What happened while the probes were off, only a scan can tell.
+"""
+import atexit
+import importlib.util
+import mmap
+import os
+import platform
+import re
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from probes.errors import DpvsProbeError, NeedRoot
+from probes.layout import SESSION, Layout
+from probes.ring import Ring
+from probes.sites import Site
+from probes.target import Target
+from probes.uprobe import Uprobe
+
+RING_PAGES = 2048  # 8 MiB: 200 000 events
+# One cache line of counters for each CPU; the order is that of bpf/session.bpf.c.
+COUNTERS = ("hits_create", "hits_free", "injected", "lost", "unreadable")
+COUNTERS_PER_CPU = 8
+SOURCE_VARIABLE = "BCC_KERNEL_SOURCE"
+
+
+class BccMissing(DpvsProbeError):
+    help_text = "Install it with: apt install python3-bpfcc (the package called bcc on PyPI is something else)."
+
+
+class HeadersMissing(DpvsProbeError):
+    help_text = "Install either with: apt install linux-headers-$(uname -r), or apt install linux-libc-dev"
+
+
+class ProgramFailed(DpvsProbeError):
+    help_text = "The program does not fit this version of the kernel or of bcc. dpvs-probe can still work by scanning."
+
+
+class UnsupportedMachine(DpvsProbeError):
+    help_text = "dpvs-probe knows the registers of x86-64 only."
+
+
+class Probes:
+    """The session probes of one DPVS. ``attach`` compiles and attaches; ``detach`` and ``reattach`` toggle; ``close``
+    ends. ``map_fd``, ``ring_bytes``: of the ring buffer, for ``Ring.map``; ``ring()`` does that."""
+
+    def __init__(self, target: Target, layout: Layout, sites: Sequence[Site], ring_pages: int = RING_PAGES) -> None:
+        create, free = sites
+        if ring_pages <= 0 or ring_pages & (ring_pages - 1):
+            raise ProgramFailed(f"a ring of {ring_pages} pages is no power of two", help_text="Give a power of two.")
+        self._target = target
+        self.sites = (create, free)
+        self.ring_bytes = ring_pages * mmap.PAGESIZE
+        cpus = possible_cpus()
+        flags = [
+            f"-DCREATE_CONN={create.pt_regs_field}",
+            f"-DFREE_CONN={free.pt_regs_field}",
+            f"-DCONN_FLAGS_OFFSET={layout.offset(SESSION, 'flags')}",
+            f"-DINJECTED_FLAG={layout.flag('INJECTED')}",
+            f"-DRING_PAGES={ring_pages}",
+            f"-DCOUNTER_SLOTS={cpus * COUNTERS_PER_CPU}",
+        ]
+        self._uprobes: list[Uprobe] = []
+        self._rings: list[Ring] = []
+        self._bpf = _compile(flags)
+        try:
+            self._programs = [_load(self._bpf, name) for name in ("session_create", "session_free")]
+            self.map_fd: int = self._bpf["events"].map_fd
+            self._counters_map = mmap.mmap(
+                self._bpf["counters"].map_fd, _pages(cpus * COUNTERS_PER_CPU * 8), mmap.MAP_SHARED, mmap.PROT_READ
+            )
+            counters = np.frombuffer(self._counters_map, np.uint64, cpus * COUNTERS_PER_CPU)
+            self._counters: npt.NDArray[np.uint64] = counters.reshape(cpus, COUNTERS_PER_CPU)
+        except BaseException:
+            _free(self._bpf)
+            raise
+
+    @classmethod
+    def attach(cls, target: Target, layout: Layout, sites: Sequence[Site], ring_pages: int = RING_PAGES) -> Self:
+        """Compile the program for this DPVS and put it on the (create, free) sites."""
+        if platform.machine() != "x86_64":
+            raise UnsupportedMachine(f"this is a {platform.machine()} machine")
+        probes = cls(target, layout, sites, ring_pages)
+        try:
+            probes.reattach()
+        except BaseException:
+            probes.close()
+            raise
+        return probes
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._uprobes)
+
+    def reattach(self) -> None:
+        """Put the probes on their sites; does nothing if they are."""
+        if self._uprobes:
+            return
+        try:
+            for site, program in zip(self.sites, self._programs, strict=True):
+                offset = self._target.file_offset(site.address)
+                self._uprobes.append(Uprobe(program, self._target.pid, self._target.exe_path, offset))
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take the probes away; the ring stays and can still be drained."""
+        uprobes, self._uprobes = self._uprobes, []
+        for uprobe in uprobes:
+            uprobe.close()
+
+    def ring(self) -> Ring:
+        """The mapped ring buffer; closed with the probes. There may be one consumer only."""
+        ring = Ring.map(self.map_fd, self.ring_bytes)
+        self._rings.append(ring)
+        return ring
+
+    def counters(self) -> dict[str, int]:
+        """All counters since loading: no system call, may be asked as often as one likes."""
+        sums = self._counters.sum(axis=0)
+        return {name: int(sums[index]) for index, name in enumerate(COUNTERS)}
+
+    def hits(self) -> dict[str, int]:
+        """How often each site was hit since loading."""
+        counters = self.counters()
+        return {"create": counters["hits_create"], "free": counters["hits_free"]}
+
+    def lost(self) -> int:
+        """Events that found the ring full."""
+        return int(self._counters[:, COUNTERS.index("lost")].sum())
+
+    def close(self) -> None:
+        """Detach and give everything back: descriptors, maps, memory."""
+        self.detach()
+        for ring in self._rings:
+            ring.close()
+        self._rings = []
+        if self._bpf is not None:
+            self._counters = np.zeros((1, COUNTERS_PER_CPU), np.uint64) + self._counters.sum(axis=0)
+            self._counters_map.close()
+            _free(self._bpf)
+            self._bpf = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+# --- bcc -----------------------------------------------------------------------------------------------------------
+
+
+def available() -> None:
+    """Raise what is missing to compile a probe program on this machine: bcc, headers, root."""
+    if importlib.util.find_spec("bcc") is None:
+        raise BccMissing("the Python package bcc is not installed")
+    _import_bcc()
+    if not os.environ.get(SOURCE_VARIABLE) and not kernel_headers() and not api_headers():
+        raise HeadersMissing("there are neither headers of the running kernel nor linux-libc-dev")
+    if os.geteuid() != 0:
+        raise NeedRoot("loading a BPF program needs root")
+
+
+def kernel_headers() -> Path | None:
+    """Headers of the running kernel, where bcc looks for them."""
+    for name in ("build", "source"):
+        path = Path("/lib/modules", platform.release(), name)
+        if (path / "include/linux/kconfig.h").exists():
+            return path
+    return None
+
+
+def api_headers() -> list[Path]:
+    """The directories of linux-libc-dev; empty if it is not installed."""
+    root, arch = Path("/usr/include"), Path("/usr/include", sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu")
+    return [arch, root] if (root / "linux/types.h").exists() and (arch / "asm/types.h").exists() else []
+
+
+def possible_cpus() -> int:
+    """One more than the highest CPU number this kernel may ever use."""
+    text = Path("/sys/devices/system/cpu/possible").read_text().strip()
+    return int(re.split(r"[-,]", text)[-1]) + 1
+
+
+def _import_bcc() -> Any:
+    try:
+        import bcc
+    except ImportError as error:
+        raise BccMissing(f"bcc cannot be imported: {error}") from None
+    except OSError as error:  # its shared library
+        raise BccMissing(f"bcc's library cannot be loaded: {error}") from None
+    return bcc
+
+
+def _compile(flags: list[str]) -> Any:
+    """The program compiled with the first set of headers that works; a bcc.BPF."""
+    bcc = _import_bcc()
+    source = resources.files("probes").joinpath("bpf/session.bpf.c").read_bytes()
+    if os.environ.get(SOURCE_VARIABLE) or kernel_headers():
+        try:
+            return _build(bcc, source, flags, None)
+        except ProgramFailed:
+            if os.environ.get(SOURCE_VARIABLE):
+                raise  # the user's choice is not second-guessed
+    system = api_headers()
+    if not system:
+        raise HeadersMissing("there are no usable headers of the running kernel, and linux-libc-dev is not installed")
+    own = [word for path in system for word in ("-idirafter", str(path))]
+    with resources.as_file(resources.files("probes").joinpath("bpf/shim")) as shim:
+        return _build(bcc, source, flags + own, str(shim))
+
+
+def _build(bcc: Any, source: bytes, flags: list[str], kernel_source: str | None) -> Any:
+    before = os.environ.get(SOURCE_VARIABLE)
+    if kernel_source is not None:
+        os.environ[SOURCE_VARIABLE] = kernel_source
+    try:
+        with _captured() as output:
+            try:
+                return bcc.BPF(text=source, cflags=flags)
+            except Exception:
+                message = _first_error(output)
+    finally:
+        if kernel_source is not None:
+            os.environ.pop(SOURCE_VARIABLE, None)
+            if before is not None:
+                os.environ[SOURCE_VARIABLE] = before
+    if os.geteuid() != 0:
+        raise NeedRoot("loading a BPF program needs root")
+    raise ProgramFailed(f"the probe program does not compile: {message}")
+
+
+def _load(bpf: Any, name: str) -> int:
+    bcc = _import_bcc()
+    with _captured() as output:
+        try:
+            fd: int = bpf.load_func(name, bcc.BPF.KPROBE).fd
+            return fd
+        except Exception:
+            message = _first_error(output)
+    if os.geteuid() != 0:
+        raise NeedRoot("loading a BPF program needs root")
+    raise ProgramFailed(f"the kernel does not accept the probe program {name}: {message}")
+
+
+def _free(bpf: Any) -> None:
+    """All that bcc holds; it also keeps itself alive until exit, unless told not to."""
+    atexit.unregister(bpf.cleanup)
+    bpf.cleanup()
+
+
+@contextmanager
+def _captured() -> Iterator[Any]:
+    """What the compiler writes to descriptor 2 meanwhile, as a file: only its first error is for the user."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield file
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _first_error(output: Any) -> str:
+    output.seek(0)
+    lines = output.read().decode(errors="replace").splitlines()
+    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message").strip()
+
+
+def _pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

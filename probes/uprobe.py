@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Put a loaded BPF program on an instruction of a running process, and take it away.
+
+Rules: perf_event_open with the kernel's uprobe event source, no tracefs needed. The breakpoint goes into the one
+process named, in all its threads, and into no other process of the same program; the program file is named by
+/proc/PID/exe, so a replaced or deleted file and another mount namespace make no difference. Closing the descriptor
+removes the breakpoint: nothing of ours stays in the process, even if we are killed. include/uapi/linux/perf_event.h.
+"""
+import ctypes
+import errno
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from probes.errors import DpvsProbeError, NeedRoot
+
+_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
+_SYS_PERF_EVENT_OPEN = 298  # x86-64
+_FLAG_CLOEXEC = 8
+_IOC_ENABLE, _IOC_DISABLE, _IOC_SET_BPF = 0x2400, 0x2401, 0x40042408
+
+
+class ProbeFailed(DpvsProbeError):
+    help_text = "The kernel must have CONFIG_UPROBE_EVENTS and CONFIG_BPF_EVENTS: run dpvs-probe doctor."
+
+
+class _Attr(ctypes.Structure):
+    """struct perf_event_attr, PERF_ATTR_SIZE_VER5."""
+
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("config", ctypes.c_uint64),
+        ("sample_period", ctypes.c_uint64),
+        ("sample_type", ctypes.c_uint64),
+        ("read_format", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+        ("wakeup_events", ctypes.c_uint32),
+        ("bp_type", ctypes.c_uint32),
+        ("uprobe_path", ctypes.c_uint64),  # config1
+        ("probe_offset", ctypes.c_uint64),  # config2
+        ("rest", ctypes.c_uint64 * 5),
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def supported() -> bool:
+    """Whether this kernel has uprobes as a perf event source."""
+    return _TYPE.exists()
+
+
+class Uprobe:
+    """One attached program. ``Uprobe(prog_fd, pid, path, offset)`` attaches, ``close`` detaches."""
+
+    def __init__(self, prog_fd: int, pid: int, path: str, offset: int) -> None:
+        self.fd = _open(pid, path, offset)
+        try:
+            fcntl.ioctl(self.fd, _IOC_SET_BPF, prog_fd)
+            fcntl.ioctl(self.fd, _IOC_ENABLE, 0)
+        except OSError as error:
+            self.close()
+            raise ProbeFailed(f"cannot attach the probe program at {path}+{offset:#x}: {error.strerror}") from None
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+def _open(pid: int, path: str, offset: int) -> int:
+    try:
+        source = int(_TYPE.read_text())
+    except (FileNotFoundError, ValueError):
+        raise ProbeFailed("this kernel has no uprobes (no event source 'uprobe' in /sys)") from None
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    attr = _Attr(
+        type=source, size=ctypes.sizeof(_Attr), sample_period=1, wakeup_events=1,
+        uprobe_path=ctypes.addressof(name), probe_offset=offset,
+    )  # fmt: skip
+    # Arguments: the process, any CPU, no group.
+    fd: int = _libc.syscall(_SYS_PERF_EVENT_OPEN, ctypes.byref(attr), pid, -1, -1, ctypes.c_ulong(_FLAG_CLOEXEC))
+    if fd >= 0:
+        return fd
+    code = ctypes.get_errno()
+    if code in (errno.EPERM, errno.EACCES):
+        raise NeedRoot(f"process {pid} may not be probed: {os.strerror(code)}")
+    if code == errno.ESRCH:
+        raise ProbeFailed(f"process {pid} has ended", help_text="Start DPVS again, then attach to the new process.")
+    raise ProbeFailed(f"cannot probe {path}+{offset:#x}: {os.strerror(code)}")
