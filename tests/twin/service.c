@@ -1,0 +1,253 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Services and real servers (DPVS src/ipvs/ip_vs_{service,dest}.c): every lcore has its own copy of each. A session holds its
+ * server, a server its service, so both outlive their deletion until the last session ends.
+ */
+#include <arpa/inet.h>
+
+#include "sockopts.h"
+#include "twin.h"
+
+#define BUCKETS 256
+
+static struct list_head table[DPVS_MAX_LCORE][BUCKETS];
+
+static struct list_head *bucket_of(int af, uint16_t proto, const union inet_addr *addr, lcoreid_t cid)
+{
+    const uint32_t *w = addr->in6.s6_addr32;
+    uint32_t fold = af == AF_INET ? addr->in.s_addr : w[0] ^ w[1] ^ w[2] ^ w[3];
+
+    return &table[cid][(proto ^ ntohl(fold)) % BUCKETS];
+}
+
+/* By address and port; firewall marks and match rules are not the twin's. */
+struct dp_vs_service *dp_vs_service_lookup(int af, uint16_t protocol, const union inet_addr *vaddr, uint16_t vport,
+                                           uint32_t fwmark __rte_unused, const struct rte_mbuf *mbuf __rte_unused,
+                                           const struct dp_vs_match *match __rte_unused, lcoreid_t cid)
+{
+    struct dp_vs_service *svc;
+
+    list_for_each_entry(svc, bucket_of(af, protocol, vaddr, cid), s_list)
+    {
+        if (svc->af == af && svc->port == vport && svc->proto == protocol && inet_addr_equal(af, &svc->addr, vaddr))
+            return svc;
+    }
+    return NULL;
+}
+
+void dp_vs_service_put(struct dp_vs_service *svc)
+{
+    if (svc && rte_atomic32_dec_and_test(&svc->refcnt))
+        rte_free(svc);
+}
+
+int service_add(int proto, const union inet_addr *vip, uint16_t port, const char *sched)
+{
+    lcoreid_t cid = (lcoreid_t)rte_lcore_id();
+    struct dp_vs_service *svc;
+
+    if (dp_vs_service_lookup(AF_INET, (uint16_t)proto, vip, port, 0, NULL, NULL, cid))
+        return EDPVS_EXIST;
+    svc = rte_zmalloc("dp_vs_service", sizeof(*svc), RTE_CACHE_LINE_SIZE);
+    if (!svc)
+        return EDPVS_NOMEM;
+    svc->af = AF_INET;
+    svc->proto = (uint8_t)proto;
+    svc->port = port;
+    svc->addr = *vip;
+    svc->netmask = 0xffffffff;
+    rte_atomic32_set(&svc->refcnt, 1);
+    INIT_LIST_HEAD(&svc->dests);
+    INIT_LIST_HEAD(&svc->laddr_list);
+    svc->scheduler = dp_vs_scheduler_get(sched);
+    if (!svc->scheduler || (svc->scheduler->init_service && svc->scheduler->init_service(svc) != EDPVS_OK)) {
+        rte_free(svc);
+        return EDPVS_NOTEXIST;
+    }
+    list_add(&svc->s_list, bucket_of(AF_INET, (uint16_t)proto, vip, cid));
+    svc->flags |= DP_VS_SVC_F_HASHED;
+    return EDPVS_OK;
+}
+
+static void dest_unlink(struct dp_vs_service *svc, struct dp_vs_dest *dest, bool update)
+{
+    dest->flags &= (uint16_t)~DPVS_DEST_F_AVAILABLE;
+    list_del(&dest->n_list);
+    svc->num_dests--;
+    svc->weight -= rte_atomic16_read(&dest->weight);
+    if (update && svc->scheduler->update_service)
+        svc->scheduler->update_service(svc, dest, DPVS_SO_SET_DELDEST);
+    dp_vs_dest_put(dest, true);
+}
+
+int service_del(int proto, const union inet_addr *vip, uint16_t port)
+{
+    struct dp_vs_service *svc =
+        dp_vs_service_lookup(AF_INET, (uint16_t)proto, vip, port, 0, NULL, NULL, (lcoreid_t)rte_lcore_id());
+    struct dp_vs_dest *dest, *next;
+
+    if (!svc)
+        return EDPVS_NOTEXIST;
+    list_del(&svc->s_list);
+    svc->flags &= ~(unsigned)DP_VS_SVC_F_HASHED;
+    dp_vs_laddr_flush(svc);
+    list_for_each_entry_safe(dest, next, &svc->dests, n_list) dest_unlink(svc, dest, false);
+    if (svc->scheduler->exit_service)
+        svc->scheduler->exit_service(svc);
+    dp_vs_service_put(svc);
+    return EDPVS_OK;
+}
+
+struct dp_vs_dest *dp_vs_dest_lookup(int af, struct dp_vs_service *svc, const union inet_addr *daddr, uint16_t dport)
+{
+    struct dp_vs_dest *dest;
+
+    list_for_each_entry(dest, &svc->dests, n_list)
+    {
+        if (dest->af == af && dest->port == dport && inet_addr_equal(af, &dest->addr, daddr))
+            return dest;
+    }
+    return NULL;
+}
+
+void dp_vs_dest_put(struct dp_vs_dest *dest, bool timerlock __rte_unused)
+{
+    if (!dest || !rte_atomic32_dec_and_test(&dest->refcnt))
+        return;
+    dp_vs_service_put(dest->svc);
+    rte_free(dest);
+}
+
+int dest_add(struct dp_vs_service *svc, const union inet_addr *addr, uint16_t port, enum dpvs_fwd_mode mode, int weight,
+             bool edit)
+{
+    struct dp_vs_dest *dest = dp_vs_dest_lookup(AF_INET, svc, addr, port);
+
+    if (!dest == edit)
+        return edit ? EDPVS_NOTEXIST : EDPVS_EXIST;
+    if (!edit) {
+        dest = rte_zmalloc("dpvs_new_dest", sizeof(*dest), RTE_CACHE_LINE_SIZE);
+        if (!dest)
+            return EDPVS_NOMEM;
+        dest->af = AF_INET;
+        dest->addr = *addr;
+        dest->port = port;
+        dest->proto = svc->proto;
+        dest->vaddr = svc->addr;
+        dest->vport = svc->port;
+        rte_atomic32_set(&dest->refcnt, 1);
+        rte_atomic32_inc(&svc->refcnt);
+        dest->svc = svc;
+        list_add(&dest->n_list, &svc->dests);
+        svc->num_dests++;
+    }
+    svc->weight += weight - rte_atomic16_read(&dest->weight);
+    rte_atomic16_set(&dest->weight, (int16_t)weight);
+    rte_atomic16_set(&dest->conn_flags, DPVS_CONN_F_INACTIVE);
+    dest->fwdmode = mode;
+    dest->flags |= DPVS_DEST_F_AVAILABLE;
+    if (svc->scheduler->update_service)
+        svc->scheduler->update_service(svc, dest, edit ? DPVS_SO_SET_EDITDEST : DPVS_SO_SET_ADDDEST);
+    return EDPVS_OK;
+}
+
+int dest_del(struct dp_vs_service *svc, const union inet_addr *addr, uint16_t port)
+{
+    struct dp_vs_dest *dest = dp_vs_dest_lookup(AF_INET, svc, addr, port);
+
+    if (!dest)
+        return EDPVS_NOTEXIST;
+    dest_unlink(svc, dest, true);
+    return EDPVS_OK;
+}
+
+/* Some service of this lcore with a server of that mode, for sessions out of nothing. */
+struct dp_vs_service *service_first(int proto, enum dpvs_fwd_mode mode)
+{
+    unsigned cid = rte_lcore_id();
+
+    for (int i = 0; i < BUCKETS; i++) {
+        struct dp_vs_service *svc;
+        list_for_each_entry(svc, &table[cid][i], s_list)
+        {
+            if (svc->proto == proto && !list_empty(&svc->dests) &&
+                list_entry(svc->dests.next, struct dp_vs_dest, n_list)->fwdmode == mode)
+                return svc;
+        }
+    }
+    return NULL;
+}
+
+static const char *mode_name(enum dpvs_fwd_mode mode)
+{
+    switch (mode) {
+    case DPVS_FWD_MODE_FNAT:
+        return "fnat";
+    case DPVS_FWD_MODE_DR:
+        return "dr";
+    case DPVS_FWD_MODE_NAT:
+        return "nat";
+    case DPVS_FWD_MODE_TUNNEL:
+        return "tunnel";
+    default:
+        return "snat";
+    }
+}
+
+static void one_service_json(FILE *out, const struct dp_vs_service *svc)
+{
+    struct dp_vs_dest *dest;
+    struct dp_vs_laddr *laddr;
+    char text[INET6_ADDRSTRLEN];
+    const char *comma = "";
+
+    inet_ntop(svc->af, &svc->addr, text, sizeof(text));
+    fprintf(out, "{\"proto\":\"%s\",\"vip\":\"%s\",\"port\":%u,\"sched\":\"%s\",\"dests\":[",
+            svc->proto == IPPROTO_TCP ? "tcp" : "udp", text, ntohs(svc->port), svc->scheduler->name);
+    list_for_each_entry(dest, &svc->dests, n_list)
+    {
+        inet_ntop(dest->af, &dest->addr, text, sizeof(text));
+        fprintf(out,
+                "%s{\"addr\":\"%s\",\"port\":%u,\"mode\":\"%s\",\"weight\":%d,\"actconns\":%d,\"inactconns\":%d,"
+                "\"persistconns\":%d,\"conns\":%lu,\"inpkts\":%lu,\"outpkts\":%lu}",
+                comma, text, ntohs(dest->port), mode_name(dest->fwdmode), rte_atomic16_read(&dest->weight),
+                rte_atomic32_read(&dest->actconns), rte_atomic32_read(&dest->inactconns),
+                rte_atomic32_read(&dest->persistconns), dest->stats.conns, dest->stats.inpkts, dest->stats.outpkts);
+        comma = ",";
+    }
+    fprintf(out, "],\"laddrs\":[");
+    comma = "";
+    list_for_each_entry(laddr, &svc->laddr_list, list)
+    {
+        inet_ntop(laddr->af, &laddr->addr, text, sizeof(text));
+        fprintf(out, "%s{\"addr\":\"%s\",\"conn_counts\":%d}", comma, text, rte_atomic32_read(&laddr->conn_counts));
+        comma = ",";
+    }
+    fprintf(out, "]}");
+}
+
+void service_json(FILE *out)
+{
+    unsigned cid = rte_lcore_id();
+    const char *comma = "";
+
+    fprintf(out, "[");
+    for (int i = 0; i < BUCKETS; i++) {
+        struct dp_vs_service *svc;
+        list_for_each_entry(svc, &table[cid][i], s_list)
+        {
+            fprintf(out, "%s", comma);
+            one_service_json(out, svc);
+            comma = ",";
+        }
+    }
+    fprintf(out, "]");
+}
+
+int service_init(void)
+{
+    for (int cid = 0; cid < DPVS_MAX_LCORE; cid++)
+        for (int i = 0; i < BUCKETS; i++)
+            INIT_LIST_HEAD(&table[cid][i]);
+    return EDPVS_OK;
+}

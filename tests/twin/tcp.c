@@ -1,0 +1,383 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * TCP (DPVS src/ipvs/ip_vs_proto_tcp.c). In FullNAT the client's sequence numbers move by fnat_seq.delta, chosen at its SYN so
+ * that the server sees a number hashed from the local side; the timestamps option of the SYN is blanked; the client's address
+ * goes along as an option (TOA) in segments that acknowledge the server's first byte. A session that runs out ESTABLISHED
+ * resets both sides.
+ */
+#include <stdlib.h>
+#include <time.h>
+
+#include <rte_jhash.h>
+
+#include "twin.h"
+
+enum { OPT_EOL = 0, OPT_NOP = 1, OPT_MSS = 2, OPT_SACK = 5, OPT_TS = 8, OPT_TOA = 254 };
+enum { OLEN_MSS = 4, OLEN_TS = 10, OLEN_TOA4 = 8 };
+
+enum {
+    sNO = DPVS_TCP_S_NONE,
+    sES = DPVS_TCP_S_ESTABLISHED,
+    sSS = DPVS_TCP_S_SYN_SENT,
+    sSR = DPVS_TCP_S_SYN_RECV,
+    sFW = DPVS_TCP_S_FIN_WAIT,
+    sTW = DPVS_TCP_S_TIME_WAIT,
+    sCL = DPVS_TCP_S_CLOSE,
+    sCW = DPVS_TCP_S_CLOSE_WAIT,
+    sLA = DPVS_TCP_S_LAST_ACK,
+    sLI = DPVS_TCP_S_LISTEN,
+    sSA = DPVS_TCP_S_SYNACK,
+};
+
+enum { FLAG_SYN, FLAG_FIN, FLAG_ACK, FLAG_RST };
+enum { SEEN_INBOUND, SEEN_OUTBOUND, SEEN_ONE_WAY };
+
+/* [who sent it][which flag][state before] = state after; one way is DR and tunnel, where answers pass us by */
+static const uint8_t transitions[3][4][DPVS_TCP_S_LAST] = {
+    /*             NO   ES   SS   SR   FW   TW   CL   CW   LA   LI   SA */
+    {/* syn */ {sSR, sES, sES, sSR, sSR, sSR, sSR, sSR, sSR, sSR, sSR},
+     /* fin */ {sCL, sCW, sSS, sTW, sTW, sTW, sCL, sCW, sLA, sLI, sTW},
+     /* ack */ {sCL, sES, sSS, sES, sFW, sTW, sCL, sCW, sCL, sLI, sES},
+     /* rst */ {sCL, sCL, sCL, sSR, sCL, sCL, sCL, sCL, sLA, sLI, sSR}},
+    {/* syn */ {sSS, sES, sSS, sSR, sSS, sSS, sSS, sSS, sSS, sLI, sSR},
+     /* fin */ {sTW, sFW, sSS, sTW, sFW, sTW, sCL, sTW, sLA, sLI, sTW},
+     /* ack */ {sES, sES, sSS, sES, sFW, sTW, sCL, sCW, sLA, sES, sES},
+     /* rst */ {sCL, sCL, sSS, sCL, sCL, sTW, sCL, sCL, sCL, sCL, sCL}},
+    {/* syn */ {sSR, sES, sES, sSR, sSR, sSR, sSR, sSR, sSR, sSR, sSR},
+     /* fin */ {sCL, sFW, sSS, sTW, sFW, sTW, sCL, sCW, sLA, sLI, sTW},
+     /* ack */ {sCL, sES, sSS, sES, sFW, sTW, sCL, sCW, sCL, sLI, sES},
+     /* rst */ {sCL, sCL, sCL, sSR, sCL, sCL, sCL, sCL, sLA, sLI, sCL}},
+};
+
+char twin_quiet;
+
+static uint32_t secret;
+
+static struct tcphdr *tcp_header(const struct rte_mbuf *mbuf)
+{
+    int offset = ip4_hdrlen(mbuf);
+    struct tcphdr *th = mbuf_header(mbuf, offset, sizeof(*th));
+
+    return th && th->doff >= 5 ? mbuf_header(mbuf, offset, th->doff * 4) : NULL;
+}
+
+static void tcp_checksum(struct rte_mbuf *mbuf, struct tcphdr *th)
+{
+    th->check = 0;
+    th->check = rte_ipv4_udptcp_cksum(ip4_hdr(mbuf), th);
+}
+
+static uint32_t moved(uint32_t be, uint32_t by)
+{
+    return htonl(ntohl(be) + by);
+}
+
+/* The first option of that kind and length (0: any), or NULL. */
+static uint8_t *find_option(struct tcphdr *th, int kind, int len)
+{
+    uint8_t *at = (uint8_t *)(th + 1), *end = (uint8_t *)th + th->doff * 4;
+
+    while (at < end && *at != OPT_EOL) {
+        if (*at == OPT_NOP) {
+            at++;
+            continue;
+        }
+        if (at + 1 >= end || at[1] < 2 || at + at[1] > end)
+            return NULL;
+        if (*at == kind && (len == 0 || at[1] == len))
+            return at;
+        at += at[1];
+    }
+    return NULL;
+}
+
+static void move_sack(struct tcphdr *th, uint32_t by)
+{
+    uint8_t *opt = find_option(th, OPT_SACK, 0);
+
+    for (int i = 2; opt && i + 4 <= opt[1]; i += 4) {
+        uint32_t edge;
+        memcpy(&edge, opt + i, sizeof(edge));
+        edge = moved(edge, by);
+        memcpy(opt + i, &edge, sizeof(edge));
+    }
+}
+
+/* Inbound. */
+
+/* A hash of the local side plus a clock of 64 ns, as kernels choose theirs. */
+static uint32_t initial_sequence(const struct dp_vs_conn *conn)
+{
+    uint32_t words[4] = {conn->laddr.in.s_addr, conn->daddr.in.s_addr, (uint32_t)conn->lport << 16 | conn->dport, secret};
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return rte_jhash_32b(words, RTE_DIM(words), secret) +
+           (uint32_t)(((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec) >> 6);
+}
+
+/* Once a session: a client that reuses a session in TIME_WAIT keeps its delta (as in DPVS). */
+static void init_sequence(struct dp_vs_conn *conn, const struct tcphdr *th)
+{
+    if (conn->fnat_seq.isn)
+        return;
+    conn->fnat_seq.isn = initial_sequence(conn);
+    conn->fnat_seq.delta = conn->fnat_seq.isn - ntohl(th->seq);
+}
+
+static void blank_timestamps(struct tcphdr *th)
+{
+    uint8_t *opt = find_option(th, OPT_TS, OLEN_TS);
+
+    if (opt)
+        memset(opt, OPT_NOP, OLEN_TS);
+}
+
+/* Left out, not forced in by pruning other options, when the segment has no room. */
+static void add_toa(const struct dp_vs_conn *conn, struct rte_mbuf *mbuf, struct tcphdr *th)
+{
+    uint8_t *options = (uint8_t *)(th + 1), *tail;
+    size_t behind = rte_pktmbuf_data_len(mbuf) - (size_t)(options - rte_pktmbuf_mtod(mbuf, uint8_t *));
+    struct rte_ipv4_hdr *iph = ip4_hdr(mbuf);
+
+    if (mbuf->pkt_len + OLEN_TOA4 > twin_port->mtu || th->doff * 4 + OLEN_TOA4 > 60)
+        return;
+    tail = (uint8_t *)rte_pktmbuf_append(mbuf, OLEN_TOA4);
+    if (!tail)
+        return;
+    memmove(options + OLEN_TOA4, options, behind);
+    options[0] = OPT_TOA;
+    options[1] = OLEN_TOA4;
+    memcpy(options + 2, &conn->cport, 2);
+    memcpy(options + 4, &conn->caddr.in, 4);
+    th->doff = (th->doff + OLEN_TOA4 / 4) & 0xf;
+    iph->total_length = htons((uint16_t)(ntohs(iph->total_length) + OLEN_TOA4));
+}
+
+static int tcp_fnat_in(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn *conn, struct rte_mbuf *mbuf)
+{
+    struct tcphdr *th = tcp_header(mbuf);
+
+    if (!th)
+        return EDPVS_INVPKT;
+    if (th->syn && !th->ack) {
+        blank_timestamps(th);
+        init_sequence(conn, th);
+    }
+    if (ntohl(th->ack_seq) == conn->fnat_seq.fdata_seq && !th->syn && !th->rst)
+        add_toa(conn, mbuf, th);
+    th->seq = moved(th->seq, conn->fnat_seq.delta);
+    if (conn->syn_proxy_seq.delta) {
+        th->ack_seq = moved(th->ack_seq, -conn->syn_proxy_seq.delta);
+        move_sack(th, -conn->syn_proxy_seq.delta);
+    }
+    th->source = conn->lport;
+    th->dest = conn->dport;
+    tcp_checksum(mbuf, th);
+    return EDPVS_OK;
+}
+
+/* Outbound. */
+
+/* The server's next byte and what it has acknowledged, network order, as it sent them: for resets. */
+static void save_server_sequence(struct dp_vs_conn *conn, const struct rte_mbuf *mbuf, const struct tcphdr *th)
+{
+    uint32_t used;
+
+    if (th->rst)
+        return;
+    if (conn->rs_end_ack && (int32_t)(ntohl(th->ack_seq) - ntohl(conn->rs_end_ack)) < 0)
+        return;
+    used = th->syn && th->ack ? 1 : mbuf->pkt_len - (uint32_t)ip4_hdrlen(mbuf) - th->doff * 4u;
+    conn->rs_end_seq = moved(th->seq, used);
+    conn->rs_end_ack = th->ack_seq;
+}
+
+/* Room for the TOA in the client's full segments. */
+static void lower_mss(struct tcphdr *th)
+{
+    uint8_t *opt = find_option(th, OPT_MSS, OLEN_MSS);
+    uint16_t mss;
+
+    if (!opt)
+        return;
+    memcpy(&mss, opt + 2, sizeof(mss));
+    mss = htons((uint16_t)(ntohs(mss) - OLEN_TOA4));
+    memcpy(opt + 2, &mss, sizeof(mss));
+}
+
+static int tcp_fnat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn *conn, struct rte_mbuf *mbuf)
+{
+    struct tcphdr *th = tcp_header(mbuf);
+    uint32_t window;
+
+    if (!th)
+        return EDPVS_INVPKT;
+    save_server_sequence(conn, mbuf, th);
+    th->source = conn->vport;
+    th->dest = conn->cport;
+    window = ((uint32_t)ntohs(th->window) << conn->wscale_rs) >> conn->wscale_vs;
+    th->window = htons((uint16_t)RTE_MIN(window, 0xffffu));
+    if (th->syn && th->ack)
+        lower_mss(th);
+    th->seq = moved(th->seq, conn->syn_proxy_seq.delta);
+    th->ack_seq = moved(th->ack_seq, -conn->fnat_seq.delta);
+    move_sack(th, -conn->fnat_seq.delta);
+    if (th->syn && th->ack)
+        conn->fnat_seq.fdata_seq = ntohl(th->seq) + 1;
+    tcp_checksum(mbuf, th);
+    return EDPVS_OK;
+}
+
+/* Sessions. */
+
+static int tcp_conn_sched(struct dp_vs_proto *proto __rte_unused, const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf,
+                          struct dp_vs_conn **conn, int *verdict)
+{
+    const struct tcphdr *th = mbuf_header(mbuf, iph->len, sizeof(*th));
+    struct dp_vs_service *svc;
+
+    *verdict = INET_DROP;
+    if (!th)
+        return EDPVS_INVPKT;
+    *verdict = INET_ACCEPT;
+    if (!th->syn || th->ack || th->fin || th->rst)
+        return EDPVS_INVAL;
+    svc = dp_vs_service_lookup(iph->af, iph->proto, &iph->daddr, th->dest, 0, mbuf, NULL, (lcoreid_t)rte_lcore_id());
+    if (!svc)
+        return EDPVS_NOSERV;
+    *verdict = INET_DROP;
+    *conn = dp_vs_schedule(svc, iph, mbuf, false);
+    return *conn ? EDPVS_OK : EDPVS_RESOURCE;
+}
+
+static struct dp_vs_conn *tcp_conn_lookup(struct dp_vs_proto *proto __rte_unused, const struct dp_vs_iphdr *iph,
+                                          struct rte_mbuf *mbuf, int *direct, bool reverse, bool *drop __rte_unused,
+                                          lcoreid_t *peer_cid)
+{
+    return proto_lookup(iph, mbuf, direct, reverse, peer_cid);
+}
+
+/* Move to a state: time-out and the server's counters follow. */
+static void enter(struct dp_vs_proto *proto, struct dp_vs_conn *conn, uint16_t state)
+{
+    struct dp_vs_dest *dest = conn->dest;
+    bool inactive = conn->flags & DPVS_CONN_F_INACTIVE;
+
+    conn->old_state = conn->state;
+    conn->state = state;
+    dp_vs_conn_set_timeout(conn, proto);
+    if (!dest || inactive == (state != DPVS_TCP_S_ESTABLISHED))
+        return;
+    rte_atomic32_add(&dest->actconns, inactive ? 1 : -1);
+    rte_atomic32_add(&dest->inactconns, inactive ? -1 : 1);
+    conn->flags ^= DPVS_CONN_F_INACTIVE;
+}
+
+void tcp_mark_established(struct dp_vs_conn *conn)
+{
+    enter(&dp_vs_proto_tcp, conn, DPVS_TCP_S_ESTABLISHED);
+}
+
+static int tcp_state_trans(struct dp_vs_proto *proto, struct dp_vs_conn *conn, struct rte_mbuf *mbuf, int dir)
+{
+    const struct tcphdr *th = mbuf_header(mbuf, ip4_hdrlen(mbuf), sizeof(*th));
+    enum dpvs_fwd_mode mode = conn->dest->fwdmode;
+    int seen = dir == DPVS_CONN_DIR_INBOUND ? SEEN_INBOUND : SEEN_OUTBOUND;
+    uint16_t state = DPVS_TCP_S_CLOSE;
+
+    if (!th)
+        return EDPVS_INVPKT;
+    if (mode == DPVS_FWD_MODE_DR || mode == DPVS_FWD_MODE_TUNNEL)
+        seen = SEEN_ONE_WAY;
+    assert(conn->state < DPVS_TCP_S_LAST);
+    if (th->rst || th->syn || th->fin || th->ack) {
+        int flag = th->rst ? FLAG_RST : th->syn ? FLAG_SYN : th->fin ? FLAG_FIN : FLAG_ACK;
+        state = transitions[seen][flag][conn->state];
+        if (flag == FLAG_SYN && seen == SEEN_INBOUND && conn->state == DPVS_TCP_S_TIME_WAIT)
+            this_stats->reused++;
+    }
+    if (state != conn->state)
+        enter(proto, conn, state);
+    return EDPVS_OK;
+}
+
+/* Resets are packets as the other side would have sent them, put through the session's own translation. */
+static int send_reset(struct dp_vs_proto *proto, struct dp_vs_conn *conn, int dir)
+{
+    bool inbound = dir == DPVS_CONN_DIR_INBOUND;
+    struct rte_ipv4_hdr *iph;
+    struct rte_mbuf *mbuf;
+    struct tcphdr *th;
+
+    if (conn->state != DPVS_TCP_S_ESTABLISHED || tuplehash_in(conn).af != AF_INET || !twin_port->mbuf_pool)
+        return EDPVS_OK;
+    mbuf = rte_pktmbuf_alloc(twin_port->mbuf_pool);
+    if (!mbuf)
+        return EDPVS_NOMEM;
+    iph = (struct rte_ipv4_hdr *)rte_pktmbuf_append(mbuf, sizeof(*iph) + sizeof(*th));
+    if (!iph) {
+        rte_pktmbuf_free(mbuf);
+        return EDPVS_NOROOM;
+    }
+    memset(iph, 0, sizeof(*iph) + sizeof(*th));
+    th = (struct tcphdr *)(iph + 1);
+    mbuf->l2_len = 0; /* no Ethernet header to learn addresses from */
+    iph->version_ihl = 0x45;
+    iph->total_length = htons(sizeof(*iph) + sizeof(*th));
+    iph->fragment_offset = htons(RTE_IPV4_HDR_DF_FLAG);
+    iph->time_to_live = 64;
+    iph->next_proto_id = IPPROTO_TCP;
+    iph->src_addr = inbound ? conn->caddr.in.s_addr : conn->daddr.in.s_addr;
+    iph->dst_addr = inbound ? conn->vaddr.in.s_addr : conn->laddr.in.s_addr;
+    th->source = inbound ? conn->cport : conn->dport;
+    th->dest = inbound ? conn->vport : conn->lport;
+    th->seq = conn->rs_end_seq;
+    if (inbound) {
+        bool fnat = conn->dest->fwdmode == DPVS_FWD_MODE_FNAT;
+        th->seq = moved(conn->rs_end_ack, fnat ? -conn->fnat_seq.delta : 0);
+    }
+    th->doff = sizeof(*th) / 4;
+    th->rst = 1;
+    this_stats->resets++;
+    return inbound ? conn->packet_xmit(proto, conn, mbuf) : conn->packet_out_xmit(proto, conn, mbuf);
+}
+
+static int tcp_conn_expire(struct dp_vs_proto *proto, struct dp_vs_conn *conn)
+{
+    enum dpvs_fwd_mode mode = conn->dest->fwdmode;
+
+    if (mode != DPVS_FWD_MODE_FNAT && mode != DPVS_FWD_MODE_SNAT && mode != DPVS_FWD_MODE_NAT)
+        return EDPVS_OK;
+    if (conn->prot_data == &twin_quiet)
+        return EDPVS_OK;
+    send_reset(proto, conn, DPVS_CONN_DIR_INBOUND);
+    send_reset(proto, conn, DPVS_CONN_DIR_OUTBOUND);
+    return EDPVS_OK;
+}
+
+static int tcp_expire_quiescent(struct dp_vs_conn *conn)
+{
+    dp_vs_conn_expire_now(conn);
+    return EDPVS_OK;
+}
+
+static int tcp_init(struct dp_vs_proto *proto)
+{
+    secret = (uint32_t)random();
+    proto->timeout_table = twin_tcp_timeouts;
+    return EDPVS_OK;
+}
+
+struct dp_vs_proto dp_vs_proto_tcp = {
+    .name = "TCP",
+    .proto = IPPROTO_TCP,
+    .init = tcp_init,
+    .conn_sched = tcp_conn_sched,
+    .conn_lookup = tcp_conn_lookup,
+    .conn_expire = tcp_conn_expire,
+    .conn_expire_quiescent = tcp_expire_quiescent,
+    .fnat_in_handler = tcp_fnat_in,
+    .fnat_out_handler = tcp_fnat_out,
+    .state_trans = tcp_state_trans,
+};
