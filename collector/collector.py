@@ -38,6 +38,7 @@ from .record import (
     Records,
     Slots,
     from_conns,
+    pick,
 )
 from .table import NO_SLOTS, Applied, Bytes, SessionTable, Times
 
@@ -335,7 +336,13 @@ class Collector:
             since = self._since_ns[at]
             since[since == 0] = now_ns
             applied = self.table.apply(
-                at, records[decided], valid[decided], now_ns, renewed=renewed, since_ns=since, worker=self._lcore[at]
+                at,
+                pick(records, decided),
+                valid[decided],
+                now_ns,
+                renewed=renewed,
+                since_ns=since,
+                worker=self._lcore[at],
             )
             count["renewed_by_event"] += int(np.count_nonzero(renewed & present[decided] & valid[decided]))
             count["created"] += len(applied.created)

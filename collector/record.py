@@ -82,6 +82,7 @@ _COMPARE[16] = 0
 _COMPARE[11] &= ~np.uint64(0xFF << 32)  # worker, byte 92
 # flags: only what outlives the packet being handled; hash and timer bits flicker while DPVS re-hashes.
 _COMPARE[1] &= ~np.uint64((HASHED | IN_TIMER | REDIRECT_HASHED) << 48)
+_COMPARE[17] = 0xFF  # pp_sent; the rest is padding, which numpy leaves undefined when it copies fields
 # The words that make up the tuple: af, af_out, proto (word 1, lower bytes), addresses (2..9), ports (10).
 _TUPLE_BITS_1 = np.uint64(0xFFFFFF)
 _TUPLE_WORDS = np.zeros(WORDS, np.bool_)
@@ -97,6 +98,11 @@ def words(records: Records) -> Words:
     """Records, shape (n,), seen as (n, 18) little-endian 64-bit words; no copy, valid as long as ``records``."""
     contiguous = np.ascontiguousarray(records)
     return contiguous.view(np.uint64).reshape(len(contiguous), WORDS)
+
+
+def pick(records: Records, which: Slots | Bools) -> Records:
+    """``records[which]``, padding and all: plain indexing copies field by field and leaves rubbish between them."""
+    return words(records)[which].view(RECORD).reshape(-1)
 
 
 def differences(old: Words, new: Words, out: Words | None = None) -> tuple[Bools, Bools]:

@@ -18,9 +18,23 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .record import RECORD, UNKNOWN_WORKER, WORDS, Bools, Records, Slots, Words, differences, digest, replicable, words
+from .record import (
+    RECORD,
+    UNKNOWN_WORKER,
+    WORDS,
+    Bools,
+    Records,
+    Slots,
+    Words,
+    differences,
+    digest,
+    pick,
+    replicable,
+    words,
+)
 
 _WINDOW = 1 << 16  # marks looked at in one step for what a full sync owes
+_PADDING = np.uint64(0xFF)  # what of a row's last word is not padding: rubbish in it would go out to peers
 _ROW = np.dtype(f"V{RECORD.itemsize}")
 BLOCK = 2048  # rows compared at once: old, new and their difference stay in the processor's cache
 
@@ -221,7 +235,7 @@ class SessionTable:
 
     def sessions(self) -> Records:
         """All present records, (n,), by slot; a copy."""
-        return self.records[self.present]
+        return pick(self.records, self.present)
 
     def rows(self, slots: Slots) -> Records:
         """The records of n slots, (n,); a copy."""
@@ -229,7 +243,7 @@ class SessionTable:
 
     def digest(self) -> int:
         """``record.digest`` of all sessions that peers are told of; in quiet that of a peer's replica is equal."""
-        return digest(self.records[self.shared])
+        return digest(pick(self.records, self.shared))
 
     def apply(
         self,
@@ -332,6 +346,7 @@ class SessionTable:
         return Applied(slots[created], slots[updated], slots[over])
 
     def _store(self, slots: Slots, rows: Words, generation: npt.NDArray[np.uint32], lcore: Bytes) -> None:
+        rows[:, -1] &= _PADDING
         records = rows.view(RECORD).reshape(len(slots))
         records["slot"] = slots
         records["generation"] = generation

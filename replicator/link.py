@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from collector.record import Bools
+from collector.record import Bools, pick
 from collector.table import Dirty, SessionTable, Taken
 
 from . import codec, wire
@@ -82,7 +82,8 @@ class Sender(Engine):
         self._held: tuple[int, int, int] | None = None  # node, run and replica that our marks are about
         self._due: SyncReason | None = SyncReason.FIRST  # a full sync that waits to begin
         self._snapshot: int | None = None  # number of the one that is under way
-        self._snapshots = self._begin_sequence = 0
+        self._snapshots = 0
+        self._begin_sequence = 0  # SNAPSHOT_BEGIN, while it is not acknowledged
         self._snapshot_ns = 0
         self._snapshot_sessions = 0
         self._end_sequence: int | None = None  # SNAPSHOT_END, while it is not acknowledged
@@ -195,6 +196,8 @@ class Sender(Engine):
         if sequence <= self._acknowledged:
             return
         self._acknowledged = sequence
+        if self._begin_sequence <= sequence:
+            self._begin_sequence = 0
         size = 0
         while self._flight and self._flight[0].sequence <= sequence:
             frame = self._flight.popleft()
@@ -217,7 +220,11 @@ class Sender(Engine):
 
     @property
     def _window_full(self) -> bool:
-        return self._flight_bytes >= self.settings.window_bytes or len(self._flight) >= self.settings.window_frames
+        """No room for a whole frame more: what is left of a window is not filled up with crumbs."""
+        settings = self.settings
+        return len(self._flight) >= settings.window_frames or (
+            bool(self._flight) and self._flight_bytes + settings.body_bytes > settings.window_bytes
+        )
 
     def _produce(self, now_ns: int) -> None:
         if self.state is State.HELLO:
@@ -280,7 +287,7 @@ class Sender(Engine):
                 if count == 0:
                     continue
                 everything = count == len(chosen)
-                group, rows = (taken, records) if everything else (_chosen(taken, chosen), records[chosen])
+                group, rows = (taken, records) if everything else (_chosen(taken, chosen), pick(records, chosen))
                 self.counters["created" if opcode is Opcode.CREATE else "updated"] += count
                 for part in codec.batches(kind, count, self.settings.body_bytes):
                     sequence, plain = self._sequence + 1, rows[part]
@@ -304,7 +311,7 @@ class Sender(Engine):
     def _let_go(self, now_ns: int) -> None:
         """What is not acknowledged has not been told."""
         if self._snapshot is not None:
-            if self._acknowledged < self._begin_sequence:
+            if self._begin_sequence:
                 self._due, self._snapshot = self.full_sync_reason, None  # perhaps it never heard of it: begin again
             self._end_sequence = None
         for frame in self._flight:

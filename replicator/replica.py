@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from collector.record import RECORD, WORDS, Bools, Records, Slots, differences, digest, words
+from collector.record import RECORD, WORDS, Bools, Records, Slots, differences, digest, pick, words
 from collector.table import Dirty
 
 from .wire import Fault, Hello, ProtocolError, Reason
@@ -70,11 +70,11 @@ class Replica:
 
     def sessions(self) -> Records:
         """All present records, (n,), by slot; a copy."""
-        return self.records[self.present]
+        return pick(self.records, self.present)
 
     def digest(self) -> int:
         """``record.digest`` of all sessions here; in quiet that of the origin's table is equal."""
-        return digest(self.records[self.present])
+        return digest(self.sessions())
 
     def put(self, records: Records, now_ns: int) -> None:
         """The origin's rows of n slots. Raises ProtocolError when a slot stands there twice."""
