@@ -9,7 +9,8 @@ Rules:
   out of its hash and puts it back, ``dp_vs_conn_expire``), and young TCP sessions that have not finished their
   handshake, whose state and sequence delta nothing announces.
 - The scan walks the whole pool in slices. It finds what was there before us, what an event was lost for, and what
-  changes without one: states, sequence fields, and a client port that got its TIME_WAIT session back.
+  changes without one: states, sequence fields, and a client port that got its TIME_WAIT session back. It compares a
+  few words of each slot with what they were on the walk before; only what differs is read. Every eighth walk reads all.
 - A new generation: the slot was free; or its tuple is another; or an event later than the row's birth says that a
   session was made or freed there. The same tuple with other sequence numbers and no event is an update.
 - Sessions with flag INJECTED are copies that we put in for a peer: counted, never in the table. Sessions of one packet
@@ -37,10 +38,11 @@ from .record import (
     Bools,
     Records,
     Slots,
+    Words,
     from_conns,
     pick,
 )
-from .table import NO_SLOTS, Applied, Bytes, SessionTable, Times
+from .table import BLOCK, NO_SLOTS, Applied, Bytes, SessionTable, Times
 
 CREATE, FREE = 1, 2  # EVENT kind
 NOTHING = Applied(NO_SLOTS, NO_SLOTS, NO_SLOTS)
@@ -66,8 +68,11 @@ class Pool(Protocol):
     def read(self, slots: Slots) -> tuple[Records, Bools]:
         """Sessions in n slots and whether each was read whole (not while DPVS wrote it)."""
 
-    def live(self, slots: Slots) -> Bools:
-        """Quick look: which of n slots hold a hashed session."""
+    def scan_hot(self, first: int, last: int) -> Words:
+        """Of the slots from ``first`` to before ``last``, some words that differ when the session or its state does."""
+
+    def hot_live(self, hot: Words) -> Bools:
+        """Which rows of ``scan_hot`` are of a hashed session."""
 
 
 class Ring(Protocol):
@@ -91,7 +96,7 @@ class Settings:
         young_each_tick: int = 1 << 14,
         drain_events: int = 1 << 15,
         slice_least: int = 1 << 12,
-        copies_each: int = 4,
+        thorough_each: int = 8,
     ) -> None:
         self.pass_small_ns = pass_small_ns  # one walk over a pool of up to small_slots
         self.pass_large_ns = pass_large_ns  # one walk over any larger pool
@@ -101,7 +106,7 @@ class Settings:
         self.young_each_tick = young_each_tick  # looks a tick that no event asked for, at most
         self.drain_events = drain_events  # taken from the ring a tick, at most
         self.slice_least = slice_least  # less than that is not worth a look
-        self.copies_each = copies_each  # our own copies are read on every so-manieth walk
+        self.thorough_each = thorough_each  # on every so-manieth walk all sessions are read
 
 
 class Collector:
@@ -143,6 +148,8 @@ class Collector:
         self._lcore: Bytes = np.full(slots, UNKNOWN_WORKER, np.uint8)  # from a creation not acted on yet
         self._watch: Slots = NO_SLOTS  # slots with _WATCHED, each once, longest not looked at first
         self._order = np.zeros(slots, np.int32)  # scratch to find the last mention of a slot
+        self._prints = np.zeros(slots, np.uint32)  # of the words that the last scan saw; 0 after any other look
+        self._weights = (np.arange(1, 9, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
         self._cursor = 0
         self._hurry = slots  # slots still to scan without pause
         self._passes = 0
@@ -223,22 +230,23 @@ class Collector:
         return due if due == slots or due - self._cursor >= self.settings.slice_least else self._cursor
 
     def _scan_to(self, end: int, now_ns: int) -> Applied:
-        slots = np.arange(self._cursor, end, dtype=np.int64)
         part = slice(self._cursor, end)
-        thorough = self._hurry > 0 or self._passes % self.settings.copies_each == 0
-        live = self._pool.live(slots)
-        copies = (self._notes[part] & self._COPY) != 0
-        look = live | self.table.present[part] | copies
-        if not thorough:  # a copy that is still hashed is most likely still a copy
-            look &= ~(copies & live)
+        thorough = self._hurry > 0 or self._passes % self.settings.thorough_each == 0
+        hot = self._pool.scan_hot(self._cursor, end)
+        prints = (hot @ self._weights[: hot.shape[1]] >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+        look = self._pool.hot_live(hot) | self.table.present[part] | ((self._notes[part] & self._COPY) != 0)
+        if not thorough:
+            look &= prints != self._prints[part]
         applied = NOTHING
-        slots = slots[look]
+        slots = np.flatnonzero(look) + self._cursor
         if len(slots):
             applied, keep = self._look(slots, now_ns)
             keep = keep[(self._notes[keep] & self._WATCHED) == 0]
             self._notes[keep] |= np.uint8(self._WATCHED)
             self._watch = np.concatenate((self._watch, keep))
             self.counters["found_by_scan"] += len(applied.created)
+        # What a look leaves open is on the watch list, so these words need not be seen to differ once more.
+        self._prints[part] = prints
         if self._hurry:
             self._hurry -= end - self._cursor
             if self._hurry == 0:
@@ -297,7 +305,15 @@ class Collector:
 
     def _look(self, slots: Slots, now_ns: int) -> tuple[Applied, Slots]:
         """Bring distinct slots into the table; which of them have to be looked at again on the next tick."""
+        if len(slots) <= BLOCK:
+            return self._look_block(slots, now_ns)
+        parts = [self._look_block(slots[start : start + BLOCK], now_ns) for start in range(0, len(slots), BLOCK)]
+        applied = Applied(*(np.concatenate(column) for column in zip(*(part[0] for part in parts), strict=True)))
+        return applied, np.concatenate([part[1] for part in parts])
+
+    def _look_block(self, slots: Slots, now_ns: int) -> tuple[Applied, Slots]:
         count = self.counters
+        self._prints[slots] = 0
         conns, whole = self._pool.read(slots)
         count["reads"] += len(slots)
         torn = NO_SLOTS

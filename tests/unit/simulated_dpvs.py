@@ -4,7 +4,7 @@
 import numpy as np
 
 from collector import record
-from collector.record import Bools, Records, Slots
+from collector.record import Bools, Records, Slots, Words
 
 CONN = np.dtype(
     [
@@ -96,8 +96,15 @@ class SimulatedDpvs:
         conns["caddr"][~whole] = 0xAA
         return conns, whole
 
-    def live(self, slots: Slots) -> Bools:
-        return np.asarray((self.conns["flags"][slots] & record.HASHED) != 0)
+    def scan_hot(self, first: int, last: int) -> Words:
+        conns = self.conns[first:last]
+        hot = np.zeros((len(conns), 3), np.uint64)
+        hot[:, 0], hot[:, 1] = conns["cport"], conns["fnat_seq_isn"].astype(np.uint64) << 32 | conns["fnat_seq_delta"]
+        hot[:, 2] = conns["flags"].astype(np.uint64) << 16 | conns["state"]
+        return hot
+
+    def hot_live(self, hot: Words) -> Bools:
+        return np.asarray((hot[:, 2] >> np.uint64(16) & np.uint64(record.HASHED)) != 0)
 
     def drain(self, maximum: int) -> Records:
         taken, self._events = self._events[:maximum], self._events[maximum:]

@@ -20,8 +20,9 @@ class Node:
         self.dpvs = SimulatedDpvs(slots)
         self.table = SessionTable(slots)
         self.dirty = self.table.add_peer("peer")
+        rates = Settings(**wanted)
         self.collector = Collector(
-            self.dpvs, self.dpvs, self.table, modes=MODES, workers=WORKERS, lost=self.dpvs.lost, settings=Settings(**wanted)
+            self.dpvs, self.dpvs, self.table, modes=MODES, workers=WORKERS, lost=self.dpvs.lost, settings=rates
         )
 
     def tick(self) -> None:
@@ -318,6 +319,26 @@ def test_what_was_there_before_us_is_found_by_the_first_scan() -> None:
     node.collector.scan(node.dpvs.clock())
     assert node.table.count == 9
     assert node.table.complete
+
+
+def test_a_walk_reads_only_what_differs_and_every_eighth_all() -> None:
+    node = Node(pass_small_ns=100).started()
+    for slot in range(10):
+        node.dpvs.create(slot, slot)
+        node.dpvs.establish(slot)
+    for slot in range(10, 13):
+        node.dpvs.create(slot, slot, flags=record.INJECTED)
+    node.tick()
+    reads = []
+    for step in range(1, 18):
+        if step == 3:
+            node.dpvs.conns["state"][4] = record.FIN_WAIT
+        before = node.collector.counters["reads"]
+        node.collector.scan(node.dpvs.clock(100))
+        reads.append(node.collector.counters["reads"] - before)
+    assert reads[:4] == [13, 0, 1, 0]
+    assert sorted(reads[4:]) == [0] * 11 + [13, 13]
+    assert node.table.records[4]["state"] == record.FIN_WAIT
 
 
 def test_the_scan_keeps_its_pace() -> None:
