@@ -121,7 +121,7 @@ def table(control: Outcome, replicated: Outcome) -> None:
     """Both runs side by side."""
 
     def row(name: str, left: Any, right: Any) -> None:
-        say(f"   {name:<38}{left!s:>14}{right!s:>14}")
+        say(f"   {name:<34}{left!s:>12}{right!s:>20}")
 
     def pause(outcome: Outcome) -> str:
         return f"{outcome['longest_gap_ms']:.0f} ms" if outcome["alive"] else "-"
