@@ -58,14 +58,14 @@ def pack_records(opcode: Opcode, sequence: int, records: Records, kind: int, *, 
     return _finish(frame, opcode, sequence, kind, compress=compress)
 
 
-def pack_deletes(sequence: int, slots: Slots, generations: npt.NDArray[np.uint32], *, compress: bool = False) -> Buffer:
-    """A DELETE frame of n sessions that ended."""
+def pack_deletes(sequence: int, slots: Slots, generations: npt.NDArray[np.uint32]) -> Buffer:
+    """A DELETE frame of n sessions that ended; numbers that count up are nothing to LZ4, so it is never compressed."""
     n = len(slots)
     frame = np.empty(_PREFIX + n * SIZES[ENDED], np.uint8)
     pairs = frame[_PREFIX:].view(np.uint32).reshape(n, 2)
     pairs[:, 0] = slots
     pairs[:, 1] = generations
-    return _finish(frame, Opcode.DELETE, sequence, ENDED, compress=compress)
+    return _finish(frame, Opcode.DELETE, sequence, ENDED, compress=False)
 
 
 def _finish(frame: npt.NDArray[np.uint8], opcode: Opcode, sequence: int, kind: int, *, compress: bool) -> Buffer:

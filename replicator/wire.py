@@ -121,8 +121,11 @@ LZ4 = 1  # capability: bodies may be LZ4 blocks
 
 def schema_of(dtype: Any) -> int:
     """A number for the shape of a record: names, formats and offsets of its fields."""
-    fields = [(name, str(dtype.fields[name][0]), dtype.fields[name][1]) for name in dtype.names]
-    digest = hashlib.blake2b(repr((fields, dtype.itemsize)).encode(), digest_size=4).digest()
+    shape = [f"{dtype.itemsize}"]
+    for name in dtype.names:
+        kind, offset = dtype.fields[name][:2]
+        shape.append(f"{name}@{offset}:{kind.itemsize // kind.base.itemsize}*{kind.base.str}")
+    digest = hashlib.blake2b(" ".join(shape).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
 
