@@ -25,6 +25,17 @@ int scheduler_init(void)
     return EDPVS_OK;
 }
 
+void dpvs_lcore_job_init(struct dpvs_lcore_job *job, char *name, dpvs_lcore_job_t type, void (*func)(void *arg),
+                         uint32_t skip_loops)
+{
+    if (!job)
+        return;
+    snprintf(job->name, sizeof(job->name), "%s", name);
+    job->type = type;
+    job->func = func;
+    job->skip_loops = skip_loops;
+}
+
 static bool registered(const struct dpvs_lcore_job *job, dpvs_lcore_role_t role)
 {
     const struct dpvs_lcore_job *other;
