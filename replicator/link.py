@@ -147,7 +147,7 @@ class Sender(Engine):
     def next_deadline(self, now_ns: int) -> int | None:
         """See the base; also the end of a change's wait for others."""
         due = super().next_deadline(now_ns)
-        if due is not None and self.state in (State.LIVE, State.SYNCING) and self._flight and not self._window_full:
+        if due is not None and self._flight and self._due is None and not self._window_full:
             oldest = self._dirty.oldest_ns
             if oldest is not None:
                 due = min(due, oldest + self.settings.batch_ns)
