@@ -1,0 +1,532 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What every transport must do, the same for all: replicator/transport/interface.py says it, this holds them to it."""
+
+import asyncio
+import hashlib
+import itertools
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from replicator.transport.interface import (
+    PEER_TIMEOUT_S,
+    CannotListen,
+    Connection,
+    Dialer,
+    LinkLost,
+    Listener,
+    PeerUnreachable,
+)
+from tests.unit import transports
+from tests.unit.transports import MIB, Kind
+
+SIZES = (1, 15, 16, 17, 4095, 4096, 4097, 65535, 65536, 65537, MIB - 1, MIB, MIB + 16)
+NOTICED_S = PEER_TIMEOUT_S + 0.5
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(params=transports.names())
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return transports.make(request.param)
+
+
+@pytest.fixture(params=[name for name in transports.names() if name != "tcp"])
+def careful(request: pytest.FixtureRequest) -> Kind:
+    """Those that set a connection up by bytes of their own; with tcp, every byte is the peer's."""
+    return transports.make(request.param)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    made = Path("/tmp") / f"dpvs-probe-link.{os.getpid()}.{tmp_path.name[-12:]}"  # the path of a socket must be short
+    made.mkdir()
+    yield made
+    for left in made.iterdir():
+        left.unlink()
+    made.rmdir()
+
+
+Body = Callable[[Connection, Connection], Awaitable[None]]
+
+
+def between(kind: Kind, directory: Path, body: Body) -> None:
+    """Run ``body`` with both ends of a connection."""
+
+    async def all_of_it() -> None:
+        async with listening(kind, directory) as listener:
+            near, far = await asyncio.gather(kind.dialer(listener.address).dial(), listener.accept())
+            try:
+                async with asyncio.timeout(60):
+                    await body(near, far)
+            finally:
+                await asyncio.gather(near.close(), far.close())
+
+    asyncio.run(all_of_it())
+
+
+@asynccontextmanager
+async def listening(kind: Kind, directory: Path) -> AsyncIterator[Listener]:
+    listener = kind.listener(directory)
+    await listener.start()
+    try:
+        yield listener
+    finally:
+        await listener.close()
+
+
+async def read(connection: Connection, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        piece = await connection.receive()
+        assert piece, f"ended after {len(data)} of {count} bytes"
+        data += piece
+    return bytes(data)
+
+
+async def read_to_end(connection: Connection) -> bytes:
+    pieces = []
+    while piece := await connection.receive():
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def frames_of(seed: int, total: int) -> list[bytes]:
+    """Frames of all SIZES, in random order, as often as fits in ``total``."""
+    draw = random.Random(seed)
+    noise = draw.randbytes(2 * MIB)
+    sizes: list[int] = []
+    for size in itertools.cycle(draw.sample(SIZES, len(SIZES))):
+        if sum(sizes) + size > total and len(sizes) >= len(SIZES):
+            break
+        sizes.append(size)
+    starts = [draw.randrange(MIB) for _ in sizes]
+    return [noise[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+async def send_in_groups(connection: Connection, frames: list[bytes], seed: int) -> None:
+    draw = random.Random(seed)
+    at = 0
+    while at < len(frames):
+        group = frames[at : at + draw.randrange(1, 5)]
+        await connection.send(itertools.chain(group, [b""]))
+        at += len(group)
+
+
+def test_bytes_arrive_as_they_were_sent(kind: Kind, directory: Path) -> None:
+    frames = frames_of(1, kind.bulk_bytes)
+    whole = hashlib.sha256(b"".join(frames)).digest()
+    total = sum(map(len, frames))
+
+    async def body(near: Connection, far: Connection) -> None:
+        sending = asyncio.create_task(send_in_groups(near, frames, 2))
+        assert hashlib.sha256(await read(far, total)).digest() == whole
+        await sending
+        assert (near.bytes_sent, far.bytes_received) == (total, total)
+        assert (far.bytes_sent, near.bytes_received) == (0, 0)
+        assert near.remote
+        assert far.remote
+
+    between(kind, directory, body)
+
+
+def test_both_directions_at_once(kind: Kind, directory: Path) -> None:
+    there, back = frames_of(3, kind.bulk_bytes // 2), frames_of(4, kind.bulk_bytes // 2)
+
+    async def body(near: Connection, far: Connection) -> None:
+        _, _, at_far, at_near = await asyncio.gather(
+            send_in_groups(near, there, 5),
+            send_in_groups(far, back, 6),
+            read(far, sum(map(len, there))),
+            read(near, sum(map(len, back))),
+        )
+        assert at_far == b"".join(there)
+        assert at_near == b"".join(back)
+
+    between(kind, directory, body)
+
+
+def test_a_question_and_its_answer(kind: Kind, directory: Path) -> None:
+    async def body(near: Connection, far: Connection) -> None:
+        for number in range(200):
+            await near.send([b"%3d" % number])
+            assert await read(far, 3) == b"%3d" % number
+            await far.send([b"ok"])
+            assert await read(near, 2) == b"ok"
+
+    between(kind, directory, body)
+
+
+def test_many_small_frames_without_waiting(kind: Kind, directory: Path) -> None:
+    async def body(near: Connection, far: Connection) -> None:
+        async def send() -> None:
+            for number in range(2000):
+                await near.send([b"%7d\n" % number])
+
+        _, data = await asyncio.gather(send(), read(far, 2000 * 8))
+        assert [int(line) for line in data.split()] == list(range(2000))
+
+    between(kind, directory, body)
+
+
+def test_a_peer_that_reads_nothing_holds_the_sender(kind: Kind, directory: Path) -> None:
+    async def body(near: Connection, far: Connection) -> None:
+        frame, count = os.urandom(MIB), kind.held_bytes // MIB + 8
+        sent = 0
+
+        async def flood() -> None:
+            nonlocal sent
+            for _ in range(count):
+                await near.send([frame])
+                sent += 1
+
+        task = asyncio.create_task(flood())
+        await asyncio.sleep(0.5)
+        held = sent
+        assert near.bytes_sent <= kind.held_bytes
+        await asyncio.sleep(0.5)
+        assert sent == held
+        assert await read(far, count * MIB) == frame * count
+        await task
+
+    between(kind, directory, body)
+
+
+def test_a_slow_peer_is_no_dead_one(kind: Kind, directory: Path) -> None:
+    async def body() -> None:
+        async with listening(kind, directory) as listener:
+            peer = transports.start(kind.name, "trickle", listener.address)
+            connection = await listener.accept()
+            began, frame = time.monotonic(), bytes(MIB)
+            while time.monotonic() - began < PEER_TIMEOUT_S - 1 and peer.is_alive():
+                await connection.send([frame])
+            assert peer.is_alive()
+            kill(peer)
+            await connection.close()
+
+    asyncio.run(body())
+
+
+def test_a_peer_that_takes_nothing_for_long_is_lost(kind: Kind, directory: Path) -> None:
+    async def body(near: Connection, far: Connection) -> None:
+        frame, began, progress = bytes(MIB), time.monotonic(), time.monotonic()
+        with pytest.raises(LinkLost):
+            while True:
+                await near.send([frame])
+                progress = time.monotonic()
+        assert 1 < time.monotonic() - progress < NOTICED_S + 1
+        assert time.monotonic() - began < NOTICED_S + 3
+        assert far
+
+    between(kind, directory, body)
+
+
+def test_an_orderly_end_comes_after_the_last_byte(kind: Kind, directory: Path) -> None:
+    last = os.urandom(300_000)
+
+    async def body(near: Connection, far: Connection) -> None:
+        await near.send([last])
+        await near.close()
+        await near.close()
+        assert await read_to_end(far) == last
+        assert await far.receive() == b""
+        assert await near.receive() == b""
+        with pytest.raises(LinkLost, match=r"link with .* lost"):
+            await near.send([b"x"])
+        await lost_within(far)
+
+    between(kind, directory, body)
+
+
+async def lost_within(connection: Connection, seconds: float = NOTICED_S) -> None:
+    """Sending fails soon."""
+    async with asyncio.timeout(seconds):
+        with pytest.raises(LinkLost):
+            while True:
+                await connection.send([b"x"])
+                await asyncio.sleep(0.01)
+
+
+def test_close_does_not_wait_for_a_peer_that_takes_nothing(kind: Kind, directory: Path) -> None:
+    async def body(near: Connection, far: Connection) -> None:
+        task = asyncio.create_task(near.send([bytes(kind.held_bytes + MIB)]))
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        await near.close()
+        assert time.monotonic() - began < 2
+        await asyncio.wait({task}, timeout=1)
+        assert task.done()
+        assert task.exception() is None or isinstance(task.exception(), LinkLost)
+        assert far
+
+    between(kind, directory, body)
+
+
+def test_close_wakes_who_waits_for_bytes(kind: Kind, directory: Path) -> None:
+    async def body(near: Connection, far: Connection) -> None:
+        waiting = [asyncio.create_task(end.receive()) for end in (near, far)]
+        await asyncio.sleep(0.05)
+        await near.close()
+        assert await asyncio.wait_for(asyncio.gather(*waiting), NOTICED_S) == [b"", b""]
+
+    between(kind, directory, body)
+
+
+def test_a_cancelled_send_leaves_no_hole(kind: Kind, directory: Path) -> None:
+    first, second = os.urandom(kind.held_bytes + MIB), b"and the next"
+
+    async def body(near: Connection, far: Connection) -> None:
+        task = asyncio.create_task(near.send([first]))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        sending = asyncio.create_task(near.send([second]))
+        assert await read(far, len(first) + len(second)) == first + second
+        await sending
+
+    between(kind, directory, body)
+
+
+def test_a_cancelled_receive_loses_nothing(kind: Kind, directory: Path) -> None:
+    async def body(near: Connection, far: Connection) -> None:
+        data = bytearray()
+        for number in range(100):
+            task = asyncio.create_task(far.receive())
+            await asyncio.sleep(0)
+            await near.send([b"%3d" % number])
+            for _ in range(number % 4):
+                await asyncio.sleep(0)
+            task.cancel()
+            try:
+                data += await task
+            except asyncio.CancelledError:
+                pass
+        data += await read(far, 300 - len(data)) if len(data) < 300 else b""
+        assert data == b"".join(b"%3d" % number for number in range(100))
+
+    between(kind, directory, body)
+
+
+def test_a_quick_peer_does_not_get_the_loop_for_itself(kind: Kind, directory: Path) -> None:
+    async def body() -> None:
+        async with listening(kind, directory) as listener:
+            peer = transports.start(kind.name, "flood", listener.address)
+            connection = await listener.accept()
+            turns, until = 0, time.monotonic() + 0.5
+
+            async def other() -> None:
+                nonlocal turns
+                while True:
+                    await asyncio.sleep(0)
+                    turns += 1
+
+            beside = asyncio.create_task(other())
+            while time.monotonic() < until:
+                assert await connection.receive()
+            assert turns > 20
+            beside.cancel()
+            kill(peer)
+            await connection.close()
+
+    asyncio.run(body())
+
+
+def kill(peer: transports.ForkServerProcess) -> None:
+    assert peer.pid is not None
+    os.kill(peer.pid, signal.SIGKILL)
+    peer.join()
+
+
+async def noticed(connection: Connection, behaviour: str) -> float:
+    """Seconds until the connection says that its peer is gone."""
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(NOTICED_S + 2):
+            while True:
+                if behaviour == "drink":
+                    await connection.send([bytes(64 << 10)])
+                elif not await connection.receive():
+                    break
+    except LinkLost:
+        pass
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("behaviour", ["idle", "flood", "drink"])
+def test_a_killed_peer_is_noticed_and_can_come_back(kind: Kind, directory: Path, behaviour: str) -> None:
+    async def body() -> None:
+        async with listening(kind, directory) as listener:
+            peer = transports.start(kind.name, behaviour, listener.address)
+            connection = await listener.accept()
+            assert (await connection.receive()).startswith(behaviour.encode())
+            if behaviour == "drink":
+                for _ in range(8):
+                    await connection.send([bytes(64 << 10)])
+            kill(peer)
+            assert await noticed(connection, behaviour) < NOTICED_S
+            await lost_within(connection)
+            await connection.close()
+
+            again = transports.start(kind.name, "leave", listener.address)
+            connection = await listener.accept()
+            assert await read_to_end(connection) == b"leave"
+            await connection.close()
+            again.join()
+
+    asyncio.run(body())
+
+
+def test_nobody_there(kind: Kind, directory: Path) -> None:
+    dialer = kind.nobody(directory)
+    with pytest.raises(PeerUnreachable, match="cannot reach peer ") as caught:
+        asyncio.run(_dial(dialer))
+    assert dialer.address in str(caught.value)
+    assert "attach --listen" in caught.value.help_text
+
+
+async def _dial(dialer: Dialer) -> None:
+    await dialer.dial()
+
+
+def test_an_address_is_listened_on_once(kind: Kind, directory: Path) -> None:
+    async def body() -> None:
+        async with listening(kind, directory) as first:
+            with pytest.raises(CannotListen, match="cannot listen on ") as caught:
+                await kind.again(first.address).start()
+            assert caught.value.help_text
+            near, far = await asyncio.gather(kind.dialer(first.address).dial(), first.accept())
+        second = kind.again(first.address)
+        await second.start()
+        await near.send([b"lives on"])
+        assert await read(far, 8) == b"lives on"
+        await near.close()
+        await far.close()
+        await second.close()
+
+    asyncio.run(body())
+
+
+def test_several_peers(kind: Kind, directory: Path) -> None:
+    async def body() -> None:
+        async with listening(kind, directory) as listener:
+            dialled = await asyncio.gather(*(kind.dialer(listener.address).dial() for _ in range(6)))
+            for number, connection in enumerate(dialled):
+                await connection.send([b"%d" % number])
+            accepted = [await listener.accept() for _ in dialled]
+            assert sorted([await read(connection, 1) for connection in accepted]) == [b"%d" % n for n in range(6)]
+            await asyncio.gather(*(connection.close() for connection in (*dialled, *accepted)))
+
+    asyncio.run(body())
+
+
+def _raw(address: str) -> socket.socket:
+    """A connection to where a listener listens, without the transport's set-up."""
+    if address.startswith("shm:"):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(address.removeprefix("shm:"))
+    else:
+        host, port = address.rsplit(":", 1)
+        sock = socket.create_connection((host, int(port)))
+    sock.settimeout(NOTICED_S)
+    return sock
+
+
+GARBAGE = {
+    "nothing": b"",
+    "a byte": b"D",
+    "text": b"GET / HTTP/1.1\r\n\r\n",
+    "zeros": bytes(4096),
+    "ones": b"\xff" * 4096,
+    "much": os.urandom(256 << 10),
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+@pytest.mark.parametrize("stays", [True, False], ids=["stays", "goes"])
+def test_strangers_do_not_keep_peers_out(careful: Kind, directory: Path, garbage: bytes, stays: bool) -> None:
+    async def body() -> None:
+        async with listening(careful, directory) as listener:
+            stranger = await asyncio.to_thread(_raw, listener.address)
+            try:
+                await asyncio.to_thread(stranger.sendall, garbage)
+            except OSError:  # thrown out in the middle of it
+                pass
+            if not stays:
+                stranger.close()
+            async with asyncio.timeout(NOTICED_S):
+                near, far = await asyncio.gather(careful.dialer(listener.address).dial(), listener.accept())
+            await near.send([b"hello"])
+            assert await read(far, 5) == b"hello"
+            if stays:
+                assert await asyncio.to_thread(_thrown_out, stranger)
+            stranger.close()
+            await near.close()
+            await far.close()
+
+    asyncio.run(body())
+
+
+def _thrown_out(sock: socket.socket) -> bool:
+    try:
+        while sock.recv(4096):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize("answer", [b"", b"\0", bytes(4096), b"\xff" * 4096], ids=["none", "a byte", "zeros", "ones"])
+def test_who_answers_nonsense_is_no_peer(careful: Kind, directory: Path, answer: bytes) -> None:
+    async def stranger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        await reader.read(1)
+        await asyncio.sleep(NOTICED_S)
+        writer.close()
+
+    async def body() -> None:
+        if careful.name == "shm":
+            address = f"shm:{directory}/stranger"
+            server = await asyncio.start_unix_server(stranger, directory / "stranger")
+        else:
+            server = await asyncio.start_server(stranger, "127.0.0.1", 0)
+            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(PeerUnreachable, match="cannot reach peer"):
+            await careful.dialer(address).dial()
+        assert time.monotonic() - began < NOTICED_S
+        server.close()
+
+    asyncio.run(body())
+
+
+def test_a_peer_killed_while_it_connects(kind: Kind, directory: Path) -> None:
+    """Its half connection is dropped, and the next peer is served."""
+
+    async def body() -> None:
+        async with listening(kind, directory) as listener:
+            for delay in (0.0, 0.005, 0.02, 0.05):
+                peer = transports.start(kind.name, "idle", listener.address)
+                await asyncio.sleep(delay)
+                kill(peer)
+            peer = transports.start(kind.name, "leave", listener.address)
+            while True:
+                async with asyncio.timeout(NOTICED_S + 5):
+                    connection = await listener.accept()
+                    try:
+                        if await read_to_end(connection) == b"leave":
+                            break
+                    except LinkLost:
+                        pass
+                    finally:
+                        await connection.close()
+            peer.join()
+
+    asyncio.run(body())
