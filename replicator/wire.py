@@ -45,7 +45,7 @@ class Opcode(IntEnum):
 
 # Least and most bytes of a body.
 _BODY = {
-    Opcode.HELLO: (_HELLO.size, 1024),  # longer than we know: from a later version, the rest is not looked at
+    Opcode.HELLO: (_HELLO.size + 1, 1024),  # longer than we know: from a later version, the rest is not looked at
     Opcode.ACK: (0, 0),
     Opcode.HEARTBEAT: (0, 0),
     Opcode.SNAPSHOT_BEGIN: (_SNAPSHOT.size, _SNAPSHOT.size),
