@@ -120,8 +120,7 @@ def _memory(target: Target, layout: Layout, control: ControlSocket | None) -> It
         return
     for check in proof.checks:
         ok = {"ok": True, "failed": False, "not yet": None}[check.status]
-        advice = LayoutDisproved.help_text if ok is False else "Nothing to do: it is looked at when there are sessions."
-        yield Check(check.name, ok, check.detail, advice)
+        yield Check(check.name, ok, check.detail, LayoutDisproved.help_text if ok is False else "")
     sizes = sorted(p.name.removeprefix("hugepages-") for p in HUGEPAGES.glob("hugepages-*") if _count(p))
     yield Check("hugepages", None if not sizes else True, ", ".join(sizes) or "none reserved: DPVS uses other memory")
 

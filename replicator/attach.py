@@ -80,29 +80,30 @@ def run(options: Options) -> int:
     return asyncio.run(_Attachment(options).run())
 
 
-class _Interrupted(Exception):
-    """A signal came while the steps were being taken."""
-
-
 class _Attachment:
     """One attach, from its first check to its last undo."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._node: Node | None = None
+        self._task: asyncio.Task[Any] | None = None
         self._interrupted = False
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         try:
             async with AsyncExitStack() as stack:
-                self._node = await self._take_steps(stack)
-                await self._breathe()
-                status = await self._node.run(lambda: log.info("attached"))
+                node = await self._take_steps(stack)
+                await asyncio.sleep(0)
+                self._node = node
+                status = await node.run(lambda: log.info("attached"))
                 log.info("detaching")
-        except _Interrupted:
+        except asyncio.CancelledError:
+            if not self._interrupted:
+                raise
             status = 0
         log.info("detached from pid %d", self._options.pid)
         return status
@@ -112,12 +113,8 @@ class _Attachment:
         self._interrupted = True
         if self._node is not None:
             self._node.stop()
-
-    async def _breathe(self) -> None:
-        """Let signals in between two steps."""
-        await asyncio.sleep(0)
-        if self._interrupted:
-            raise _Interrupted
+        elif self._task is not None:
+            self._task.cancel()
 
     async def _take_steps(self, stack: AsyncExitStack) -> Node:
         options = self._options
@@ -136,9 +133,9 @@ class _Attachment:
         proving = Proving(target, layout, pool, control)
         proving.first()
         sites = session_sites(target.function)
-        await self._breathe()
+        await asyncio.sleep(0)  # signals get in between steps
         probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
-        await self._breathe()
+        await asyncio.sleep(0)
 
         me = Hello(name, time.time_ns(), Role.SENDER, pool.slots, instance=target.start_time << 22 | target.pid)
         dialers = [TcpDialer(peer) for peer in options.peers]
@@ -151,13 +148,13 @@ class _Attachment:
             log.info("listening for peers on %s", listener.address)
         if options.require_peer_s is not None:
             await reach_any(dialers, options.require_peer_s)
-        await self._breathe()
+        await asyncio.sleep(0)
 
         # Touch.
         probes.reattach()
         for site in sites:
             log.info("probe at %s: %s (%s)", site.function, site.mnemonic, site.why)
-        await self._breathe()
+        await asyncio.sleep(0)
         replicas = Replicas(Hello(name, me.epoch, Role.RECEIVER, instance=me.instance))
         client: AgentClient | None = None
         injector: Injector | None = None
@@ -166,7 +163,7 @@ class _Attachment:
             stack.callback(_retire, client, target)
             log.info("agent %s is in DPVS, peers' sessions will be put in", client.door.version)
             injector = Injector(client, lambda: replicas)
-            await self._breathe()
+            await asyncio.sleep(0)
 
         table = SessionTable(pool.slots)
         modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}

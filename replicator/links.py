@@ -20,6 +20,7 @@ from replicator.transport.interface import Backoff, Connection, Dialer, LinkLost
 
 Clock = Callable[[], int]
 MAX_INBOUND = 128
+MAX_SAID = 1000
 AGE_S = 1.0
 LONGEST_WAIT_S = 1.0
 PARTING_S = 0.1
@@ -33,6 +34,12 @@ class _Driver:
     def __init__(self, engine: Sender | Receiver, on_event: Callable[[Event], None], clock: Clock) -> None:
         self._engine, self._on_event, self._clock = engine, on_event, clock
         self._wake = asyncio.Event()
+        self._halted = False
+
+    def halt(self) -> None:
+        """Say nothing any more, whatever the engine would."""
+        self._halted = True
+        self._wake.set()
 
     def wake(self) -> None:
         """There may be something to say."""
@@ -43,21 +50,25 @@ class _Driver:
         engine = self._engine
         reading = asyncio.create_task(self._read(connection))
         try:
-            while True:
+            while not self._halted:
                 self._wake.clear()
                 frames = engine.outgoing(self._clock())
+                over = engine.closed  # these frames are its last: it may close at any moment after this
                 self._tell()
                 if frames:
                     await connection.send(frames)
-                elif reading.done():
+                if over:
                     break
-                elif not engine.closed:
+                if not frames:
+                    if reading.done():
+                        break
                     await self._wait()
-                if engine.closed:
-                    break
         except LinkLost as error:
             log.debug("%s", error)
             await asyncio.wait({reading}, timeout=PARTING_S)  # why it refused us may lie in the socket
+        except asyncio.CancelledError:
+            self._on_event = _ignore  # it is we who end it: nothing to say
+            raise
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
@@ -89,6 +100,10 @@ class _Driver:
     def _tell(self) -> None:
         while (event := self._engine.next_event()) is not None:
             self._on_event(event)
+
+
+def _ignore(_: Event) -> None:
+    pass
 
 
 class Outbound:
@@ -125,6 +140,10 @@ class Outbound:
         """The table may have changed."""
         if self._connection is not None and self.sender.pending:
             self._driver.wake()
+
+    def halt(self) -> None:
+        """What the table says is not to be trusted: tell nobody."""
+        self._driver.halt()
 
     @property
     def settled(self) -> bool:
@@ -179,8 +198,9 @@ class Outbound:
 class _Inbound:
     """One peer that has dialled us."""
 
-    def __init__(self, receiver: Receiver, connection: Connection, clock: Clock) -> None:
-        self.receiver, self.connection, self._clock = receiver, connection, clock
+    def __init__(self, receiver: Receiver, connection: Connection, clock: Clock, said: set[str]) -> None:
+        """``said``: complaints that were made already, shared by all links."""
+        self.receiver, self.connection, self._clock, self._said = receiver, connection, clock, said
         self.node: str | None = None
         self.since_ns = clock()
         self.driver = _Driver(receiver, self._on_event, clock)
@@ -188,17 +208,26 @@ class _Inbound:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Up):
             self.node, self.since_ns = event.peer.node, self._clock()
+            self._said.clear()
             log.info("peer %s (%s) is up, it sends us its sessions", self.node, self.connection.remote)
         elif isinstance(event, Synced):
             log.info("%d sessions of peer %s are here, after %.0f ms", event.sessions, self.node, event.took_ns / 1e6)
         elif isinstance(event, Down):
             if event.refused is not None:
                 side = "ended the link" if event.by_peer else "is refused"
-                log.warning("peer %s %s: %s", self.node or self.connection.remote, side, event.why)
+                self._complain(f"peer {self.node or self.connection.remote.rpartition(':')[0]} {side}: {event.why}")
             elif self.node is not None:
                 log.warning("peer %s is gone (%s); its sessions are kept", self.node, event.why)
             else:
                 log.debug("connection from %s came to nothing: %s", self.connection.remote, event.why)
+
+    def _complain(self, what: str) -> None:
+        """Once, as a refused peer comes again every two seconds."""
+        if what not in self._said:
+            if len(self._said) >= MAX_SAID:
+                self._said.clear()
+            self._said.add(what)
+            log.warning("%s", what)
 
 
 class Links:
@@ -222,6 +251,7 @@ class Links:
         self._listener, self._make_receiver = listener, make_receiver
         self._shared, self._clock = shared, clock
         self._inbound: dict[asyncio.Task[None], _Inbound] = {}
+        self._said: set[str] = set()
 
     def replicas(self) -> Iterable[Replica]:
         """The sessions of all peers that sent us any."""
@@ -250,12 +280,19 @@ class Links:
         for link in self._outbound:
             link.poke()
 
+    def halt(self) -> None:
+        """Our table is not to be trusted: no peer hears another word of it."""
+        for link in self._outbound:
+            link.halt()
+
     def settled(self) -> bool:
         """All peers that are there have acknowledged all there is."""
         return all(link.settled for link in self._outbound)
 
-    def peers(self, now_ns: int) -> list[Line]:
-        """One line a link, and one for each replica whose link is gone."""
+    def peers(self, now_ns: int, *, injecting: bool) -> list[Line]:
+        """One line a link, and one for each replica whose link is gone. ``injecting``: what waits in a replica is taken
+        from there.
+        """
         shared = self._shared()
         rows = [link.row(now_ns, shared) for link in self._outbound]
         live = {id(link.receiver): link for link in self._inbound.values()}
@@ -268,7 +305,7 @@ class Links:
                 "state": link.receiver.state.value if link else "gone",
                 "for_s": round((now_ns - replica.since_ns) / 1e9, 1),
                 "sessions": replica.count,
-                "waiting": replica.pending.pending,
+                "waiting": replica.pending.pending if injecting else None,
                 "records": sum(replica.counters[name] for name in ("created", "updated", "deleted")),
                 "bytes": link.connection.bytes_received if link else None,
                 "note": "" if replica.synced else "not complete",
@@ -284,7 +321,7 @@ class Links:
                 log.warning("connection from %s refused: %d are open", connection.remote, len(self._inbound))
                 await connection.close()
                 continue
-            link = _Inbound(make_receiver(), connection, self._clock)
+            link = _Inbound(make_receiver(), connection, self._clock, self._said)
             task = asyncio.create_task(link.driver.drive(connection))
             self._inbound[task] = link
             task.add_done_callback(self._on_inbound_end)

@@ -15,6 +15,7 @@ Rules
 import asyncio
 import logging
 import os
+import select
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -138,7 +139,14 @@ class Node:
     async def _tick_loop(self) -> None:
         while not self._target_ended:
             now = self._clock()
-            self.tick(now)
+            try:
+                self.tick(now)
+            except DpvsProbeError:
+                if not self._ended():
+                    self._parts.links.halt()
+                    raise
+                self._on_target_end()  # we met its end before we were told of it
+                return
             took = self._clock() - now
             self.longest_tick_ns = max(self.longest_tick_ns, took)
             if self._parts.collector.behind:
@@ -180,6 +188,13 @@ class Node:
         if error is not None and not self._target_ended:
             self._done.set_exception(error)
 
+    def _ended(self) -> bool:
+        if self._parts.pidfd < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._parts.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
     # --- the end of the DPVS -----------------------------------------------------------------------------------------
 
     def _on_target_end(self) -> None:
@@ -219,7 +234,7 @@ class Node:
         if command == "status":
             yield [self.status()]
         elif command == "peers":
-            yield self._parts.links.peers(self._clock())
+            yield self._parts.links.peers(self._clock(), injecting=self._parts.injector is not None)
         elif command == "sessions":
             async for block in self._sessions(query.Filter.of(request)):
                 yield block

@@ -39,7 +39,8 @@ def cell(value: Any) -> str:
 def outline(value: Mapping[str, Any], indent: int = 0) -> Iterator[str]:
     """A nested object, one ``name: value`` a line, what is below a name indented."""
     for name, below in value.items():
-        title = " " * indent + name.replace("_", " ")
+        plain, unit = _unit(name)
+        title = " " * indent + plain.replace("_", " ")
         if isinstance(below, Mapping):
             if below:
                 yield f"{title}:"
@@ -49,13 +50,21 @@ def outline(value: Mapping[str, Any], indent: int = 0) -> Iterator[str]:
                 yield f"{title} {number}:"
                 yield from outline(item, indent + 2)
         else:
-            yield f"{title}: {cell(below)}"
+            yield f"{title}: {cell(below)}{unit if below is not None else ''}"
+
+
+def _unit(name: str) -> tuple[str, str]:
+    """A name without the unit it ends in, and the unit."""
+    for ending, unit in (("_s", " s"), ("_ms", " ms")):
+        if name.endswith(ending):
+            return name.removesuffix(ending), unit
+    return name, ""
 
 
 def checks(found: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """The report of doctor: a mark, what was looked for, what was found; what to do stands below."""
     for check in found:
         mark = {True: "ok", False: "FAILED", None: "note"}[check["ok"]]
-        yield f"{mark:<7} {check['name']:<18} {check['detail']}"
+        yield f"{mark:<7} {check['name']:<22} {check['detail']}"
         if check["help"] and check["ok"] is not True:
-            yield f"{'':<26} -> {check['help']}"
+            yield f"{'':<30} -> {check['help']}"

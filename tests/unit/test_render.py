@@ -24,9 +24,19 @@ def test_cells() -> None:
 
 
 def test_outline() -> None:
-    value = {"node": "a", "table": {"present": 3, "nothing": {}, "by_origin": {"b": 2}}, "sites": [{"kind": "nop"}]}
+    value = {
+        "node": "a",
+        "for_s": 1.5,
+        "longest_ms": 2,
+        "nobody_s": None,
+        "table": {"present": 3, "nothing": {}, "by_origin": {"b": 2}},
+        "sites": [{"kind": "nop"}],
+    }
     assert list(outline(value)) == [
         "node: a",
+        "for: 1.5 s",
+        "longest: 2 ms",
+        "nobody: -",
         "table:",
         "  present: 3",
         "  by origin:",
@@ -43,8 +53,8 @@ def test_checks() -> None:
         {"name": "agent", "ok": None, "detail": "not there", "help": ""},
     ]
     assert list(checks(found)) == [
-        "ok      root               yes",
-        "FAILED  headers            none found",
-        "                           -> install them",
-        "note    agent              not there",
+        "ok      root                   yes",
+        "FAILED  headers                none found",
+        "                               -> install them",
+        "note    agent                  not there",
     ]

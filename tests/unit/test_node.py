@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One node: its answers, its end, the proof it owes, and what it does when parts of it fail."""
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Awaitable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collector import record
+from probes.errors import DpvsProbeError
+from replicator.admin import AdminError, ask
+from replicator.transport.address import Address
+from tests.unit.simulated_dpvs import SimulatedDpvs
+from tests.unit.simulated_node import SimulatedNode, until
+
+
+def run(body: Awaitable[None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await body
+
+    asyncio.run(bounded())
+
+
+async def answer(node: SimulatedNode, command: str, **fields: Any) -> list[dict[str, Any]]:
+    """What a client in another process would get."""
+    return await asyncio.to_thread(lambda: list(ask(node.admin_path, command, **fields)))
+
+
+class FakeInjector:
+    def __init__(self) -> None:
+        self.stopped: DpvsProbeError | None = None
+        self.ticks = 0
+        self.closed = False
+
+    def tick(self, now_ns: int) -> None:
+        assert not self.closed
+        self.ticks += 1
+
+    def counters(self) -> Mapping[str, Any]:
+        return {"installed": 5}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_status(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with SimulatedNode("b", tmp_path) as b, SimulatedNode("a", tmp_path, peers=(b.address,)) as a:
+            for slot in range(5):
+                a.dpvs.create(slot, slot)
+            a.dpvs.create(9, 9, flags=record.INJECTED)
+            a.dpvs.free(4)
+            await until(lambda: b.holds(a) and len(a.table) == 4 and a.collector.copies == 1)
+            (status,) = await answer(a, "status")
+            assert (status["node"], status["pid"], status["state"]) == ("a", 4711, "attached")
+            assert status["sessions"] == {"own": 4, "copies": 1, "of_peers": {}}
+            assert status["events"]["created"] == 5
+            assert status["events"]["freed"] == 1
+            assert status["events"]["lost"] == 0
+            assert status["complete"] is True
+            assert status["scans"] >= 0
+            assert status["injection"] == "off"
+            (other,) = await answer(b, "status")
+            assert other["sessions"] == {"own": 0, "copies": 0, "of_peers": {"a": 4}}
+            json.dumps([status, other])
+
+    run(body())
+
+
+def test_peers(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with SimulatedNode("b", tmp_path) as b:
+            async with SimulatedNode("a", tmp_path, peers=(b.address, Address("127.0.0.1", 1))) as a:
+                await until(lambda: b.holds(a))
+                for slot in range(7):
+                    a.dpvs.create(slot, slot)
+                await until(lambda: b.holds(a) and len(a.table) == 7 and a.outbound[0].sender.settled)
+                to_b, to_nobody = await answer(a, "peers")
+                assert (to_b["direction"], to_b["node"], to_b["address"]) == ("to", "b", str(b.address))
+                assert (to_b["state"], to_b["sessions"], to_b["waiting"], to_b["records"]) == ("live", 7, 0, 7)
+                assert 0 < to_b["event_to_peer_p50_ms"] <= to_b["event_to_peer_p99_ms"] < 5000
+                assert to_nobody["state"] == "down"
+                assert "cannot reach peer 127.0.0.1:1: connection refused" in to_nobody["note"]
+                (from_a,) = await answer(b, "peers")
+                assert (from_a["direction"], from_a["node"], from_a["state"]) == ("from", "a", "live")
+                assert (from_a["sessions"], from_a["waiting"]) == (7, None)
+                assert from_a["bytes"] == to_b["bytes"]
+            replica = b.replica_of("a")
+            assert replica is not None
+            await until(lambda: not replica.connected)
+            (from_a,) = await answer(b, "peers")
+            assert (from_a["state"], from_a["sessions"]) == ("gone", 7)
+
+    run(body())
+
+
+def test_sessions(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with (
+            SimulatedNode("b", tmp_path, slots=60_000) as b,
+            SimulatedNode("a", tmp_path, slots=60_000, peers=(b.address,)) as a,
+        ):
+            for slot in (*range(1009), 50_000, 59_999):
+                a.dpvs.create(slot, slot)
+                b.dpvs.create(slot, 5)
+            await until(lambda: b.holds(a) and len(a.table) == len(b.table) == 1011)
+            own = await answer(a, "sessions")
+            assert [row["slot"] for row in own] == [*range(1009), 50_000, 59_999]
+            assert {row["origin"] for row in own} == {"own"}
+            assert own == await answer(a, "sessions", origin="own", proto="tcp", port=80)
+            everything = await answer(b, "sessions")
+            assert [row["origin"] for row in everything] == ["own"] * 1011 + ["a"] * 1011
+            copies = await answer(b, "sessions", origin="a")
+            assert [{**row, "origin": "own"} for row in copies] == own
+            assert len(await answer(b, "sessions", limit=1015)) == 1015
+            assert len(await answer(b, "sessions", origin="a", limit=3)) == 3
+            assert await answer(b, "sessions", origin="c") == []
+            assert [r["slot"] for r in await answer(a, "sessions", address="10.0.3.5")] == [3 * 256 + 5]
+            with pytest.raises(AdminError, match="'UP' is not a state"):
+                await answer(a, "sessions", state="UP")
+            with pytest.raises(AdminError, match="there is no command 'dance'"):
+                await answer(a, "dance")
+
+    run(body())
+
+
+def test_detach(tmp_path: Path) -> None:
+    async def body() -> None:
+        injector = FakeInjector()
+        async with SimulatedNode("a", tmp_path, injector=injector) as a:
+            await until(lambda: injector.ticks > 3)
+            (status,) = await answer(a, "status")
+            assert status["injection"] == {"installed": 5}
+            assert await answer(a, "detach") == []
+            assert a.task is not None
+            assert await a.task == 0
+            assert injector.closed
+            assert not a.admin_path.exists()
+            assert a.released == 0
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(*a.address)
+
+    run(body())
+
+
+def test_injection_that_stops_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        injector = FakeInjector()
+        async with SimulatedNode("a", tmp_path, injector=injector) as a:
+            injector.stopped = DpvsProbeError("the agent is poisoned")
+            before = injector.ticks
+            await until(lambda: injector.ticks > before + 5)
+            assert a.task is not None
+            assert not a.task.done()
+        assert caplog.text.count("no more sessions are put into DPVS: the agent is poisoned") == 1
+
+    with caplog.at_level(logging.INFO):
+        run(body())
+
+
+def test_nothing_is_sent_before_the_layout_is_proven(tmp_path: Path) -> None:
+    async def body() -> None:
+        asked: list[int] = []
+        async with SimulatedNode("b", tmp_path) as b:
+
+            def prove() -> bool:
+                replica = b.replica_of("a")
+                asked.append(len(replica) if replica else 0)
+                return len(asked) == 2
+
+            async with SimulatedNode("a", tmp_path, peers=(b.address,), prove=prove) as a:
+                await until(lambda: b.holds(a))
+                await asyncio.sleep(0.05)
+                assert asked == [], "there is nothing to prove it on"
+                a.dpvs.create(1, 1)
+                await until(lambda: len(asked) == 2 and b.holds(a))
+                assert asked[0] == 0
+                a.dpvs.create(2, 2)
+                await until(lambda: len(a.table) == 2 and b.holds(a))
+                assert len(asked) == 2
+
+    run(body())
+
+
+def test_a_layout_that_is_disproved_ends_the_node(tmp_path: Path) -> None:
+    async def body() -> None:
+        def prove() -> bool:
+            raise DpvsProbeError("not this layout")
+
+        async with SimulatedNode("b", tmp_path) as b:
+            async with SimulatedNode("a", tmp_path, peers=(b.address,), prove=prove) as a:
+                await until(lambda: b.holds(a))
+                a.dpvs.create(1, 1)
+                assert a.task is not None
+                with pytest.raises(DpvsProbeError, match="not this layout"):
+                    await a.task
+                assert not a.admin_path.exists()
+            replica = b.replica_of("a")
+            assert replica is not None
+            assert len(replica) == 0, "what may be wrong never left"
+
+    run(body())
+
+
+def test_an_error_of_the_collector_ends_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with SimulatedNode("a", tmp_path) as a:
+
+            def broken(self: SimulatedDpvs, maximum: int) -> Any:
+                raise DpvsProbeError("the ring is broken")
+
+            monkeypatch.setattr(SimulatedDpvs, "drain", broken)
+            assert a.task is not None
+            with pytest.raises(DpvsProbeError, match="the ring is broken"):
+                await a.task
+
+    run(body())
+
+
+def test_a_long_answer_does_not_hold_up_the_loop(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with SimulatedNode("a", tmp_path, slots=1 << 15) as a:
+            for slot in range(20_000):
+                a.dpvs.create(slot, slot)
+            await until(lambda: len(a.table) == 20_000)
+            got: list[Any] = []
+            reading = threading.Thread(target=lambda: got.extend(ask(a.admin_path, "sessions")))
+            before, loop = a.node.ticks, asyncio.get_running_loop()
+            reading.start()
+            worst = 0.0
+            while reading.is_alive():
+                began = loop.time()
+                await asyncio.sleep(0)
+                worst = max(worst, loop.time() - began)
+            assert len(got) == 20_000
+            assert a.node.ticks > before + 10
+            assert worst < 0.5
+
+    run(body())
