@@ -11,6 +11,7 @@ import errno
 import logging
 import socket
 from collections.abc import Iterable
+from typing import Any, Protocol
 
 from .address import Address, UnknownHost, reason
 from .interface import PEER_TIMEOUT_S, CannotListen, LinkLost, PeerUnreachable
@@ -23,14 +24,33 @@ MAX_WAITING = 64  # connections accepted and not yet taken by accept()
 log = logging.getLogger(__name__)
 
 
-class TcpConnection:
-    """One established TCP connection, whichever side opened it."""
+class Reader(Protocol):
+    """What a connection needs of an ``asyncio.StreamReader``."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def read(self, n: int, /) -> bytes: ...
+
+
+class Writer(Protocol):
+    """What a connection needs of an ``asyncio.StreamWriter``."""
+
+    @property
+    def transport(self) -> asyncio.WriteTransport: ...
+    def write(self, data: bytes, /) -> None: ...
+    async def drain(self) -> None: ...
+    def close(self) -> None: ...
+    async def wait_closed(self) -> None: ...
+    def get_extra_info(self, name: str, /) -> Any: ...
+
+
+class TcpConnection:
+    """One established TCP connection, whichever side opened it. ``node``: the peer's name, where it has proven it."""
+
+    def __init__(self, reader: Reader, writer: Writer, node: str | None = None) -> None:
         self._reader, self._writer = reader, writer
+        self.node = node
         writer.transport.set_write_buffer_limits(high=BUFFER_BYTES)
         _tune(writer.get_extra_info("socket"))
-        self.remote = _name(writer.get_extra_info("peername"))
+        self.remote = name_of(writer.get_extra_info("peername"))
         self.bytes_sent = 0
         self.bytes_received = 0
         self._closed = False
@@ -83,10 +103,12 @@ class TcpDialer:
         """One attempt. Raises PeerUnreachable."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                reader, writer = await asyncio.open_connection(self._to.host, self._to.port, limit=BUFFER_BYTES)
+                return await self._connect(self._to.host, self._to.port)
         except (OSError, UnicodeError) as error:
             raise PeerUnreachable(f"cannot reach peer {self.address}: {reason(error)}") from error
-        return TcpConnection(reader, writer)
+
+    async def _connect(self, host: str, port: int) -> TcpConnection:
+        return TcpConnection(*await asyncio.open_connection(host, port, limit=BUFFER_BYTES))
 
 
 class TcpListener:
@@ -102,7 +124,7 @@ class TcpListener:
         """Begin to listen. Raises CannotListen or UnknownHost. Port 0 becomes the one that the system chose."""
         host = None if self._at.host == "*" else self._at.host
         try:
-            self._server = await asyncio.start_server(self._arrived, host, self._at.port, limit=BUFFER_BYTES)
+            self._server = await self._serve(host, self._at.port)
         except socket.gaierror as error:
             raise UnknownHost(f"cannot listen on {self.address}: {reason(error)}") from error
         except (OSError, UnicodeError) as error:
@@ -124,13 +146,16 @@ class TcpListener:
         while not self._waiting.empty():
             self._waiting.get_nowait()._writer.transport.abort()
 
-    def _arrived(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, host: str | None, port: int) -> asyncio.Server:
+        return await asyncio.start_server(self._arrived, host, port, limit=BUFFER_BYTES)
+
+    def _arrived(self, reader: Reader, writer: Writer, node: str | None = None) -> None:
         if self._server is None or self._waiting.full():
-            log.debug("connection from %s dropped: too many wait", _name(writer.get_extra_info("peername")))
+            log.debug("connection from %s dropped: too many wait", name_of(writer.get_extra_info("peername")))
             writer.transport.abort()
             return
         try:
-            self._waiting.put_nowait(TcpConnection(reader, writer))
+            self._waiting.put_nowait(TcpConnection(reader, writer, node))
         except OSError as error:  # reset before we could look at it
             log.debug("connection lost at once: %s", reason(error))
             writer.transport.abort()
@@ -145,7 +170,8 @@ def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PEER_TIMEOUT_S - 1)
 
 
-def _name(peername: tuple[str, int] | None) -> str:
+def name_of(peername: tuple[str, int] | None) -> str:
+    """The other end of a socket, as ``remote`` has it."""
     return str(Address(peername[0], peername[1])) if peername else "?"
 
 
