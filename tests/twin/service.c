@@ -10,7 +10,19 @@
 
 #define BUCKETS 256
 
+#define RELEASE "1.10-2"
+#define RELEASE_NUMBER 0x010a02u
+
+/* include/conf/service.h */
+struct dp_vs_getinfo {
+    unsigned int version;
+    unsigned int size;
+    unsigned int num_services;
+    unsigned int num_lcores;
+};
+
 static struct list_head table[DPVS_MAX_LCORE][BUCKETS];
+static unsigned num_services[DPVS_MAX_LCORE];
 
 static struct list_head *bucket_of(int af, uint16_t proto, const union inet_addr *addr, lcoreid_t cid)
 {
@@ -66,6 +78,7 @@ int service_add(int proto, const union inet_addr *vip, uint16_t port, const char
     }
     list_add(&svc->s_list, bucket_of(AF_INET, (uint16_t)proto, vip, cid));
     svc->flags |= DP_VS_SVC_F_HASHED;
+    num_services[cid]++;
     return EDPVS_OK;
 }
 
@@ -89,6 +102,7 @@ int service_del(int proto, const union inet_addr *vip, uint16_t port)
     if (!svc)
         return EDPVS_NOTEXIST;
     list_del(&svc->s_list);
+    num_services[rte_lcore_id()]--;
     svc->flags &= ~(unsigned)DP_VS_SVC_F_HASHED;
     dp_vs_laddr_flush(svc);
     list_for_each_entry_safe(dest, next, &svc->dests, n_list) dest_unlink(svc, dest, false);
@@ -244,10 +258,44 @@ void service_json(FILE *out)
     fprintf(out, "]");
 }
 
+/* Of DPVS's service requests only those that ask for the release and the number of services. */
+static int svc_get(sockoptid_t opt, const void *in __rte_unused, size_t inlen __rte_unused, void **out, size_t *outlen)
+{
+    const struct dp_vs_getinfo info = {RELEASE_NUMBER, 0, num_services[g_master_lcore_id], g_slave_lcore_num};
+
+    if (opt != DPVS_SO_GET_VERSION && opt != DPVS_SO_GET_INFO)
+        return EDPVS_INVAL;
+    *outlen = opt == DPVS_SO_GET_VERSION ? 64 : sizeof(info);
+    *out = rte_zmalloc("info", *outlen, 0);
+    if (!*out)
+        return EDPVS_NOMEM;
+    if (opt == DPVS_SO_GET_VERSION)
+        strcpy(*out, "dpvs:v" RELEASE);
+    else
+        memcpy(*out, &info, sizeof(info));
+    return EDPVS_OK;
+}
+
+static int svc_set(sockoptid_t opt __rte_unused, const void *in __rte_unused, size_t inlen __rte_unused)
+{
+    return EDPVS_NOTSUPP;
+}
+
+static struct dpvs_sockopts sockopts_svc = {
+    .version = SOCKOPT_VERSION,
+    .set_opt_min = DPVS_SO_SET_FLUSH,
+    .set_opt_max = SOCKOPT_SVC_MAX,
+    .set = svc_set,
+    .get_opt_min = DPVS_SO_SET_FLUSH,
+    .get_opt_max = SOCKOPT_SVC_MAX,
+    .get = svc_get,
+};
+
 int service_init(void)
 {
     for (int cid = 0; cid < DPVS_MAX_LCORE; cid++)
         for (int i = 0; i < BUCKETS; i++)
             INIT_LIST_HEAD(&table[cid][i]);
-    return EDPVS_OK;
+    g_version = RELEASE_NUMBER;
+    return sockopt_register(&sockopts_svc);
 }
