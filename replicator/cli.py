@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = 1
     except BrokenPipeError:  # `dpvs-probe sessions | head`: nobody reads on, which is nobody's fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 1  # as click itself does where it notices first
     except (KeyboardInterrupt, click.Abort):
         code = 130
     sys.exit(code)

@@ -61,6 +61,7 @@ class SimulatedNode:
         prove: Callable[[], bool] | None = None,
         injector: Injector | None = None,
         dpvs: LiveDpvs | None = None,
+        admin_name: str | None = None,
     ) -> None:
         self.name, self.slots = name, slots
         self.dpvs = dpvs or LiveDpvs(slots)
@@ -79,7 +80,7 @@ class SimulatedNode:
             for peer in peers
         ]
         self.released = 0
-        self.admin_path = directory / f"{name}.sock"
+        self.admin_path = directory / (admin_name or f"{name}.sock")
         self.collector = Collector(self.dpvs, self.dpvs, self.table, modes=MODES, workers=WORKERS, lost=self.dpvs.lost)
         self.links = Links(
             self.outbound,
