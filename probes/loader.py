@@ -78,10 +78,10 @@ class Probes:
         self._rings: list[Ring] = []
         self._bpf = _compile(flags)
         try:
-            self._programs = [_load(self._bpf, name) for name in ("session_create", "session_free")]
-            self.map_fd: int = self._bpf["events"].map_fd
+            self._programs = [_load(self._bpf, name) for name in (b"session_create", b"session_free")]
+            self.map_fd: int = self._bpf[b"events"].map_fd
             self._counters_map = mmap.mmap(
-                self._bpf["counters"].map_fd, _pages(cpus * COUNTERS_PER_CPU * 8), mmap.MAP_SHARED, mmap.PROT_READ
+                self._bpf[b"counters"].map_fd, _pages(cpus * COUNTERS_PER_CPU * 8), mmap.MAP_SHARED, mmap.PROT_READ
             )
             counters = np.frombuffer(self._counters_map, np.uint64, cpus * COUNTERS_PER_CPU)
             self._counters: npt.NDArray[np.uint64] = counters.reshape(cpus, COUNTERS_PER_CPU)
@@ -246,7 +246,7 @@ def _build(bcc: Any, source: bytes, flags: list[str], kernel_source: str | None)
     raise ProgramFailed(f"the probe program does not compile: {message}")
 
 
-def _load(bpf: Any, name: str) -> int:
+def _load(bpf: Any, name: bytes) -> int:
     bcc = _import_bcc()
     with _captured() as output:
         try:
@@ -256,7 +256,7 @@ def _load(bpf: Any, name: str) -> int:
             message = _first_error(output)
     if os.geteuid() != 0:
         raise NeedRoot("loading a BPF program needs root")
-    raise ProgramFailed(f"the kernel does not accept the probe program {name}: {message}")
+    raise ProgramFailed(f"the kernel does not accept the probe program {name.decode()}: {message}")
 
 
 def _free(bpf: Any) -> None:

@@ -8,7 +8,7 @@ Nothing is believed before it is checked: the objects found must be exactly ``po
 must give every object's number back. DPDK 24.11, lib/mempool/rte_mempool.h, rte_mempool_ops_default.c.
 """
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from probes.target import ReadFailed, Region, Target
 
 PREFIX = "MP_"
 TABLE = "fbarray_memzone"
+SMALL_BYTES = 64 << 20
 MAX_CHUNKS = 1 << 16
 MAX_OBJECTS = 1 << 28
 PAGE_SHIFTS = (21, 16, 12)  # what fits a page of 2 MiB fits one of 1 GiB as well
@@ -94,7 +95,7 @@ def find_pools(target: Target, layout: Layout, prefix: str, regions: Sequence[Re
     }
     pools = [read_pool(target, layout, address) for address in found.values()]
     if not pools:
-        pools = list(_search(target, layout, prefix, regions))
+        pools = _search(target, layout, prefix, regions)
     if not pools:
         raise PoolNotFound(f"process {target.pid} has no mempool {prefix}<socket>")
     for pool in pools:
@@ -103,14 +104,24 @@ def find_pools(target: Target, layout: Layout, prefix: str, regions: Sequence[Re
     return sorted(pools, key=lambda pool: int(pool.name.removeprefix(prefix)))
 
 
-def _search(target: Target, layout: Layout, prefix: str, regions: Sequence[Region]) -> Iterator[Mempool]:
-    """Look for the pool structs by name in all memory that DPDK may have written. Takes seconds; a last resort."""
-    needle = prefix.encode()
+def _search(target: Target, layout: Layout, prefix: str, regions: Sequence[Region]) -> list[Mempool]:
+    """Look for the pools by name in memory: first for a private table of zones, which is small and anonymous
+    (``--in-memory``, ``--no-shconf``), then for the pool structs in all that DPDK may have written (seconds).
+    """
+    writable = [r for r in regions if r.perms.startswith("rw") and TABLE not in r.path]
+    small = [r for r in writable if not r.path and r.size <= SMALL_BYTES]
+    offset = layout.offset("rte_memzone", "addr")
+    zones = _find(target, small, (PREFIX + prefix).encode(), 8)
+    addresses = [int.from_bytes(target.read(zone + offset, 8), "little") for zone in zones]
+    if found := _pools_at(target, layout, prefix, addresses):
+        return found
+    large = [r for r in writable if not r.path.startswith("[") and ".so" not in r.path and r.path != target.exe]
+    return _pools_at(target, layout, prefix, _find(target, large, prefix.encode(), POOL_ALIGN))
+
+
+def _find(target: Target, regions: Sequence[Region], needle: bytes, align: int) -> Iterator[int]:
+    """Addresses, multiples of ``align``, where the bytes stand."""
     for region in regions:
-        if not region.perms.startswith("rw") or region.path.startswith("[") or ".so" in region.path:
-            continue
-        if region.path == target.exe or TABLE in region.path:
-            continue
         for start in range(region.start, region.end, BLOCK_BYTES):
             try:
                 data = target.read(start, min(BLOCK_BYTES, region.end - start))
@@ -118,12 +129,22 @@ def _search(target: Target, layout: Layout, prefix: str, regions: Sequence[Regio
                 continue  # reserved, not populated
             position = data.find(needle)
             while position >= 0:
-                if (start + position) % POOL_ALIGN == 0:
-                    try:
-                        yield read_pool(target, layout, start + position)
-                    except (PoolMismatch, ReadFailed):
-                        pass  # a log line or a copy of the name
+                if (start + position) % align == 0:
+                    yield start + position
                 position = data.find(needle, position + 1)
+
+
+def _pools_at(target: Target, layout: Layout, prefix: str, addresses: Iterable[int]) -> list[Mempool]:
+    """What of the addresses is a pool of that name; the rest is log lines and copies of the name."""
+    pools: dict[int, Mempool] = {}
+    for address in addresses:
+        try:
+            pool = read_pool(target, layout, address)
+        except (PoolMismatch, ReadFailed):
+            continue
+        if pool.name.removeprefix(prefix).isdecimal():
+            pools[address] = pool
+    return list(pools.values())
 
 
 def read_pool(target: Target, layout: Layout, address: int) -> Mempool:

@@ -309,12 +309,13 @@ class Target:
 
     def read(self, address: int, size: int) -> bytes:
         """``size`` bytes at a run-time address, in one process_vm_readv: DPVS is not stopped."""
-        buffer = ctypes.create_string_buffer(size)
-        local, remote = _Iovec(ctypes.addressof(buffer), size), _Iovec(address, size)
+        buffer = bytearray(size)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if size else 0
+        local, remote = _Iovec(start, size), _Iovec(address, size)
         got = _libc.process_vm_readv(self.pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
         if got != size:
             raise self._failed(address, size, got)
-        return buffer.raw
+        return bytes(buffer)
 
     def read_many(self, addresses: npt.NDArray[np.uint64], size: int) -> npt.NDArray[np.uint8]:
         """Shape (n, size) uint8: ``size`` bytes at each of n addresses; 1024 pieces a system call."""

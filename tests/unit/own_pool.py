@@ -177,10 +177,10 @@ class OwnPool:
 
 
 class OwnZones:
-    """DPDK's table of memory zones with what ``pools`` need in it."""
+    """DPDK's table of memory zones with what ``pools`` need in it; a nameless one if ``directory`` is None."""
 
-    def __init__(self, directory: Path, pools: Sequence[OwnPool]) -> None:
-        self.area = Area(directory / "fbarray_memzone", 8192)
+    def __init__(self, directory: Path | None, pools: Sequence[OwnPool]) -> None:
+        self.area = Area(directory and directory / "fbarray_memzone", 8192)
         size = LAYOUT.size("rte_memzone")
         names = [("rte_eth_dev_data", 0x1000), *((f"MP_{pool.name}", pool.address) for pool in pools)]
         for number, (name, address) in enumerate(names, start=2):

@@ -57,6 +57,14 @@ class TestFinding:
         found = find_pools(target, LAYOUT, "dp_vs_conn_", regions)
         assert [p.address for p in found] == [own.address]
 
+    def test_by_a_table_without_a_name(self, tmp_path: Path, target: Target) -> None:
+        own = OwnPool(tmp_path)
+        zones = OwnZones(None, [own])
+        table = zones.area.start
+        regions = [r for r in target.maps() if str(tmp_path) in r.path or r.start <= table < r.end]
+        found = find_pools(target, LAYOUT, "dp_vs_conn_", regions)
+        assert [p.address for p in found] == [own.address]
+
     def test_none(self, tmp_path: Path, target: Target) -> None:
         with pytest.raises(PoolNotFound):
             find_pools(target, LAYOUT, "dp_vs_conn_", [])
