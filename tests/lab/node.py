@@ -7,6 +7,7 @@ services and where its counters are read; everything else is the same, and so ar
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -194,6 +195,7 @@ class Node(ABC):
             self.process.kill()
         for page in self.run.huge.glob(f"{self.file_prefix}map_*"):
             page.unlink(missing_ok=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     # -- what it holds ----------------------------------------------------------------------------------------------
     @property

@@ -10,6 +10,7 @@ with Pair.up() as pair:
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -78,9 +79,10 @@ class Pair:
     # -- life -------------------------------------------------------------------------------------------------------
     def __enter__(self) -> "Pair":
         try:
-            number = len(list(self.run.directory.glob("pair-*")))
+            number = self.run.next_pair()
             self.directory = self.run.directory / f"pair-{number}"
             self.directory.mkdir()
+            self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
             prefix = f"{self.run.prefix}-{number}"
             self.network = self._stack.enter_context(Network(prefix, self.plan))
             for name in ("a", "b"):

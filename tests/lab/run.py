@@ -32,6 +32,7 @@ class Run:
         self.huge = self.directory / "huge"
         self.directory.mkdir(parents=True, mode=0o755)
         self._owner = os.getpid()
+        self._pairs = 0
         self._raised = 0
         self._processes: dict[int, int] = {}
         self._write()
@@ -56,6 +57,11 @@ class Run:
             hugepages.mount(self.huge)
         self._raised += hugepages.raise_pool(pages)
         self._write()
+
+    def next_pair(self) -> int:
+        """A number that no other pair of this run has."""
+        self._pairs += 1
+        return self._pairs
 
     def remember(self, pid: int) -> None:
         """Write a child down, so that the sweep after a killed run can end it."""
