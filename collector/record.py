@@ -12,7 +12,6 @@ alone is not a change.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -202,12 +201,15 @@ def from_conns(conns: Records, slots: Slots, modes: Mapping[int, int]) -> Record
     out["fwdmode"] = fwdmode
     out["state"] = conns["state"]
     out["flags"] = conns["flags"]
-    inner4 = np.asarray(conns["af"] == AF_INET)
-    outer4 = np.asarray(conns["af_out"] == AF_INET)
-    for name, four in (("caddr", inner4), ("vaddr", inner4), ("laddr", outer4), ("daddr", outer4)):
-        address_bytes: npt.NDArray[Any] = out[name]
-        address_bytes[:] = conns[name]
-        address_bytes[four, 4:] = 0
+    for family, names in (("af", ("caddr", "vaddr")), ("af_out", ("laddr", "daddr"))):
+        four = np.asarray(conns[family] == AF_INET)
+        for name in names:
+            copied: npt.NDArray[np.uint8] = out[name]
+            if four.all():
+                copied[:, :4] = conns[name][:, :4]
+            else:
+                copied[:] = conns[name]
+                copied[four, 4:] = 0
     for name in ("cport", "vport", "lport", "dport"):
         out[name] = conns[name]
     out["timeout_ms"] = np.minimum(conns["timeout_s"].astype(np.uint64) * 1000, 0xFFFFFFFF)

@@ -3,7 +3,7 @@
 
 SECOND = 1_000_000_000
 
-SLOW_BYTES_PER_S = 40 << 20  # LZ4 packs ten times as fast; a peer's own work hardly ever makes a link look slower
+SLOW_BYTES_PER_S = 150 << 20  # a little more than 1 Gbit/s; LZ4 packs sessions several times as fast
 JUDGE_NS = 20_000_000  # of being held back, before the link is judged anew
 UNPAID_FRAMES = 8  # that did not shrink, one after the other, ...
 PAUSE_FRAMES = 256  # ... and so many are not tried

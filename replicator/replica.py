@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.record import RECORD, WORDS, Bools, Records, Slots, differences, digest, pick, words
-from collector.table import Dirty
+from collector.table import BLOCK, Dirty
 
 from .wire import Fault, Hello, ProtocolError, Reason
 
@@ -48,6 +48,7 @@ class Replica:
         self.pending = Dirty(self.slots)
         self._named: Bools = np.zeros(self.slots, np.bool_)
         self._order = np.zeros(self.slots, np.int32)
+        self._scratch = np.empty((BLOCK, WORDS), np.uint64)
         self._full_sync: int | None = None  # number of the one that has begun and not ended
         self._full_sync_ns = 0
         self.count = 0
@@ -80,26 +81,31 @@ class Replica:
         """The origin's rows of n slots. Raises ProtocolError when a slot stands there twice."""
         slots = self._distinct(records["slot"].astype(np.int64))
         new = words(records)
-        known = self.generation[slots]
+        # Into memory that is there: fresh pages for each frame would cost more than the comparison.
+        room = self._scratch[: len(slots)] if len(slots) <= len(self._scratch) else None
+        old = self._words.take(slots, axis=0, out=room, mode="clip")
         was = self.present[slots]
+        known = (old[:, 0] >> np.uint64(32)).astype(np.uint32)
         ahead = (records["generation"] - known).astype(np.int32)
         accept = (known == 0) | (ahead > 0) | (was & (ahead == 0))
         if not accept.all():
             self.counters["stale"] += int(np.count_nonzero(~accept))
-            slots, new, was, ahead = slots[accept], new[accept], was[accept], ahead[accept]
-        _, differs = differences(self._words.take(slots, axis=0), new)
-        again = was & (ahead == 0)
-        changed = ~again | differs
+            slots, old, new, was, ahead = slots[accept], old[accept], new[accept], was[accept], ahead[accept]
+        _, changed = differences(old, new, out=old)
+        fresh = ~was | (ahead != 0)
+        changed |= fresh
         self._rows[slots] = new.view(_ROW).reshape(len(slots))
         self.present[slots] = True
         self._named[slots] = True
-        created = int(np.count_nonzero(~again))
+        created = int(np.count_nonzero(fresh))
         updated = int(np.count_nonzero(changed)) - created
         self.count += len(slots) - int(np.count_nonzero(was))
         self.counters["created"] += created
         self.counters["updated"] += updated
         self.counters["unchanged"] += len(slots) - created - updated
-        self.pending.mark(slots[changed], now_ns, ~again[changed])
+        if created + updated < len(slots):
+            slots, fresh = slots[changed], fresh[changed]
+        self.pending.mark(slots, now_ns, fresh)
 
     def end(self, slots: Slots, generations: Generations, now_ns: int) -> None:
         """Sessions that ended: those generations and all before. Raises ProtocolError when a slot is named twice."""

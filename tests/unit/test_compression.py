@@ -23,7 +23,7 @@ def test_a_link_that_never_held_us_back_is_fast() -> None:
     assert pays.bytes_per_s == 0
 
 
-@pytest.mark.parametrize(("bytes_per_ms", "on"), [(1000, True), (40_000, True), (50_000, False), (1_000_000, False)])
+@pytest.mark.parametrize(("bytes_per_ms", "on"), [(1000, True), (150_000, True), (160_000, False), (1_000_000, False)])
 def test_slow_links_compress(bytes_per_ms: int, on: bool) -> None:
     pays = Pays(None)
     busy(pays, bytes_per_ms)
