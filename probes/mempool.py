@@ -218,10 +218,12 @@ def find_objects(memory: Memory, layout: Layout, pool: Mempool) -> Addresses:
             words = memory.block(at, min(BLOCK_BYTES, end // 8 * 8 - at))
             hits = np.flatnonzero(words == np.uint64(pool.address)) * 8 + (at - mp)
             found.append(hits[hits >= start].astype(np.uint64))
-    header = np.concatenate(found)
+    header = np.concatenate(found)  # ascending, as the chunks are
     following_header = memory.gather(memory.locate(header), np.array([following]))[:, 0]
-    linked = np.isin(header, following_header)
-    header = np.sort(header[linked | (header == np.uint64(pool.first_header))])
+    at = np.minimum(np.searchsorted(header, following_header), len(header) - 1) if len(header) else header
+    linked = header == np.uint64(pool.first_header)
+    linked[at[header[at] == following_header]] = True
+    header = header[linked]
     if len(header) != pool.populated:
         raise PoolMismatch(f"the mempool {pool.name!r} says {pool.populated} objects, {len(header)} were found")
     return header + np.uint64(layout.size("rte_mempool_objhdr"))
