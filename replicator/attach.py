@@ -133,9 +133,6 @@ class _Attachment:
         proving = Proving(target, layout, pool, control)
         proving.first()
         sites = session_sites(target.function)
-        await asyncio.sleep(0)  # signals get in between steps
-        probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
-        await asyncio.sleep(0)
 
         me = Hello(name, time.time_ns(), Role.SENDER, pool.slots, instance=target.start_time << 22 | target.pid)
         dialers = [TcpDialer(peer) for peer in options.peers]
@@ -145,9 +142,10 @@ class _Attachment:
         if listener is not None:
             stack.push_async_callback(listener.close)
             await listener.start()
-            log.info("listening for peers on %s", listener.address)
         if options.require_peer_s is not None:
             await reach_any(dialers, options.require_peer_s)
+        await asyncio.sleep(0)  # signals get in between steps
+        probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
         await asyncio.sleep(0)
 
         # Touch.
@@ -176,7 +174,9 @@ class _Attachment:
             make_receiver=lambda: Receiver(replicas, now_ns=CLOCK()),
             shared=lambda: int(table.shared.sum()),
         )
-        if not dialers and listener is None:
+        if listener is not None:
+            log.info("listening for peers on %s", listener.address)
+        elif not dialers:
             log.info("neither --peer nor --listen: sessions are only watched")
         return Node(
             Parts(

@@ -5,6 +5,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any
@@ -231,15 +232,15 @@ def test_a_long_answer_does_not_hold_up_the_loop(tmp_path: Path) -> None:
             await until(lambda: len(a.table) == 20_000)
             got: list[Any] = []
             reading = threading.Thread(target=lambda: got.extend(ask(a.admin_path, "sessions")))
-            before, loop = a.node.ticks, asyncio.get_running_loop()
+            before = a.node.ticks
             reading.start()
             worst = 0.0
             while reading.is_alive():
-                began = loop.time()
+                began = time.thread_time()  # of this thread alone: the machine may have other things to do
                 await asyncio.sleep(0)
-                worst = max(worst, loop.time() - began)
+                worst = max(worst, time.thread_time() - began)
             assert len(got) == 20_000
             assert a.node.ticks > before + 10
-            assert worst < 0.5
+            assert worst < 0.2
 
     run(body())
