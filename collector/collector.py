@@ -10,7 +10,7 @@ Rules:
   handshake, whose state and sequence delta nothing announces.
 - The scan walks the whole pool in slices. It finds what was there before us, what an event was lost for, and what
   changes without one: states, sequence fields, and a client port that got its TIME_WAIT session back. It compares a
-  few words of each slot with what they were on the walk before; only what differs is read. Every eighth walk reads all.
+  few words of each slot with what they were on the walk before; only what differs is read, and an eighth of the rest.
 - A new generation: the slot was free; or its tuple is another; or an event later than the row's birth says that a
   session was made or freed there. The same tuple with other sequence numbers and no event is an update.
 - Sessions with flag INJECTED are copies that we put in for a peer: counted, never in the table. Sessions of one packet
@@ -47,6 +47,9 @@ from .table import BLOCK, NO_SLOTS, Applied, Bytes, SessionTable, Times
 CREATE, FREE = 1, 2  # EVENT kind
 NOTHING = Applied(NO_SLOTS, NO_SLOTS, NO_SLOTS)
 
+SPARSE = 16  # a slice with less than one session in so many slots is read without comparing
+THOROUGH_BLOCK = 512  # neighbours that are read whole on the same walk
+
 MS, SECOND = 1_000_000, 1_000_000_000
 
 
@@ -71,8 +74,8 @@ class Pool(Protocol):
     def scan_hot(self, first: int, last: int) -> Words:
         """Of the slots from ``first`` to before ``last``, some words that differ when the session or its state does."""
 
-    def hot_live(self, hot: Words) -> Bools:
-        """Which rows of ``scan_hot`` are of a hashed session."""
+    def live(self, slots: Slots) -> Bools:
+        """Which of n slots hold a hashed session; one word of each is read."""
 
 
 class Ring(Protocol):
@@ -91,7 +94,7 @@ class Settings:
         pass_small_ns: int = 100 * MS,
         pass_large_ns: int = SECOND,
         small_slots: int = 1 << 16,
-        slice_slots: int = 1 << 16,
+        slice_slots: int = 1 << 14,
         young_ns: int = 3 * SECOND,
         young_each_tick: int = 1 << 14,
         drain_events: int = 1 << 15,
@@ -106,7 +109,7 @@ class Settings:
         self.young_each_tick = young_each_tick  # looks a tick that no event asked for, at most
         self.drain_events = drain_events  # taken from the ring a tick, at most
         self.slice_least = slice_least  # less than that is not worth a look
-        self.thorough_each = thorough_each  # on every so-manieth walk all sessions are read
+        self.thorough_each = thorough_each  # a walk reads one in so many whole, another one each time
 
 
 class Collector:
@@ -230,29 +233,39 @@ class Collector:
         return due if due == slots or due - self._cursor >= self.settings.slice_least else self._cursor
 
     def _scan_to(self, end: int, now_ns: int) -> Applied:
-        part = slice(self._cursor, end)
-        thorough = self._hurry > 0 or self._passes % self.settings.thorough_each == 0
-        hot = self._pool.scan_hot(self._cursor, end)
-        prints = (hot @ self._weights[: hot.shape[1]] >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
-        look = self._pool.hot_live(hot) | self.table.present[part] | ((self._notes[part] & self._COPY) != 0)
-        if not thorough:
-            look &= prints != self._prints[part]
+        look = self._worth_a_look(self._cursor, end)
         applied = NOTHING
         slots = np.flatnonzero(look) + self._cursor
         if len(slots):
+            prints = self._prints[slots]
             applied, keep = self._look(slots, now_ns)
+            # What this look left open is on the watch list, so the words need not be seen to differ once more.
+            self._prints[slots] = prints
             keep = keep[(self._notes[keep] & self._WATCHED) == 0]
             self._notes[keep] |= np.uint8(self._WATCHED)
             self._watch = np.concatenate((self._watch, keep))
             self.counters["found_by_scan"] += len(applied.created)
-        # What a look leaves open is on the watch list, so these words need not be seen to differ once more.
-        self._prints[part] = prints
         if self._hurry:
             self._hurry -= end - self._cursor
             if self._hurry == 0:
                 self.table.complete = True
         self._cursor = end
         return applied
+
+    def _worth_a_look(self, first: int, end: int) -> Bools:
+        """Which slots from ``first`` to before ``end`` may hold something else than the table says."""
+        part = slice(first, end)
+        slots = np.arange(first, end)
+        used: Bools = self._pool.live(slots) | self.table.present[part] | ((self._notes[part] & self._COPY) != 0)
+        if int(np.count_nonzero(used)) * SPARSE < end - first:
+            self._prints[part] = 0
+            return used  # so few that reading them costs less than comparing all
+        hot = self._pool.scan_hot(first, end)
+        prints = (hot @ self._weights[: hot.shape[1]] >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+        thorough = np.asarray(((slots // THOROUGH_BLOCK) + self._passes) % self.settings.thorough_each == 0)
+        differs = thorough | (prints != self._prints[part]) if not self._hurry else np.True_
+        self._prints[part] = prints
+        return np.asarray(used & differs)
 
     def _hear(self) -> Slots:
         """Take events from the ring and note what they say; the distinct slots they name, with _HEARD set."""

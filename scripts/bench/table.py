@@ -70,8 +70,8 @@ class Pool:
         hot[:, 2], hot[:, 3] = part["state"], part["flags"]
         return hot
 
-    def hot_live(self, hot: Words) -> Bools:
-        return np.asarray((hot[:, 3] & np.uint64(record.HASHED)) != 0)
+    def live(self, slots: Slots) -> Bools:
+        return np.asarray((self.conns["flags"][slots] & record.HASHED) != 0)
 
     def announce(self, slots: Slots, time_ns: int) -> None:
         self._events = np.zeros(len(slots), EVENT)

@@ -103,8 +103,8 @@ class SimulatedDpvs:
         hot[:, 2] = conns["flags"].astype(np.uint64) << 16 | conns["state"]
         return hot
 
-    def hot_live(self, hot: Words) -> Bools:
-        return np.asarray((hot[:, 2] >> np.uint64(16) & np.uint64(record.HASHED)) != 0)
+    def live(self, slots: Slots) -> Bools:
+        return np.asarray((self.conns["flags"][slots] & record.HASHED) != 0)
 
     def drain(self, maximum: int) -> Records:
         taken, self._events = self._events[:maximum], self._events[maximum:]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from collector import record
-from collector.collector import Collector, Settings
+from collector.collector import THOROUGH_BLOCK, Collector, Settings
 from collector.table import SessionTable
 from tests.unit.simulated_dpvs import BASE, MODES, STRIDE, WORKERS, SimulatedDpvs
 
@@ -321,24 +321,51 @@ def test_what_was_there_before_us_is_found_by_the_first_scan() -> None:
     assert node.table.complete
 
 
-def test_a_walk_reads_only_what_differs_and_every_eighth_all() -> None:
+def test_a_walk_reads_what_differs_and_an_eighth_of_the_rest() -> None:
+    slots = 8 * THOROUGH_BLOCK
+    node = Node(slots=slots, pass_small_ns=100).started()
+    node.dpvs.conns["flags"] = record.HASHED
+    node.dpvs.conns["af"] = node.dpvs.conns["af_out"] = record.AF_INET
+    node.dpvs.conns["flags"][-10:] |= record.INJECTED
+    node.collector.scan(node.dpvs.clock(100))
+    reads = []
+    for step in range(10):
+        if step == 3:
+            node.dpvs.conns["state"][:4] = record.FIN_WAIT
+        before = node.collector.counters["reads"]
+        node.collector.scan(node.dpvs.clock(100))
+        reads.append(node.collector.counters["reads"] - before)
+    assert reads[0] == slots
+    assert sorted(reads[1:]) == [THOROUGH_BLOCK] * 8 + [THOROUGH_BLOCK + 4]
+    assert (node.table.records["state"][:4] == record.FIN_WAIT).all()
+    assert (node.table.count, node.collector.copies) == (slots - 10, 10)
+
+
+def test_a_change_that_the_compared_words_do_not_show_is_found_in_eight_walks() -> None:
     node = Node(pass_small_ns=100).started()
     for slot in range(10):
         node.dpvs.create(slot, slot)
         node.dpvs.establish(slot)
-    for slot in range(10, 13):
-        node.dpvs.create(slot, slot, flags=record.INJECTED)
     node.tick()
-    reads = []
-    for step in range(1, 18):
-        if step == 3:
-            node.dpvs.conns["state"][4] = record.FIN_WAIT
-        before = node.collector.counters["reads"]
+    node.collector.scan(node.dpvs.clock(100))
+    node.dpvs.conns["timeout_s"][4] = 7
+    for _ in range(8):
         node.collector.scan(node.dpvs.clock(100))
-        reads.append(node.collector.counters["reads"] - before)
-    assert reads[:4] == [13, 0, 1, 0]
-    assert sorted(reads[4:]) == [0] * 11 + [13, 13]
-    assert node.table.records[4]["state"] == record.FIN_WAIT
+    assert node.table.records[4]["timeout_ms"] == 7000
+
+
+def test_a_pool_with_few_sessions_is_read_without_comparing() -> None:
+    node = Node(slots=64, pass_small_ns=100).started()
+    node.dpvs.create(7, 1)
+    node.dpvs.establish(7)
+    for _ in range(3):
+        node.collector.scan(node.dpvs.clock(100))
+    assert node.generation(7) == 1
+    assert node.collector.counters["reads"] == 3
+    node.dpvs.free(7)
+    node.collector.scan(node.dpvs.clock(100))
+    node.tick()
+    assert node.table.count == 0
 
 
 def test_the_scan_keeps_its_pace() -> None:
