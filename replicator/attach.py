@@ -138,15 +138,15 @@ class _Attachment:
         dialers = [TcpDialer(peer) for peer in options.peers]
         for peer in options.peers:
             await resolve(peer)
-        listener = TcpListener(options.listen) if options.listen else None
-        if listener is not None:
-            stack.push_async_callback(listener.close)
-            await listener.start()
         if options.require_peer_s is not None:
             await reach_any(dialers, options.require_peer_s)
         await asyncio.sleep(0)  # signals get in between steps
         probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
         await asyncio.sleep(0)
+        listener = TcpListener(options.listen) if options.listen else None
+        if listener is not None:
+            stack.push_async_callback(listener.close)
+            await listener.start()
 
         # Touch.
         probes.reattach()

@@ -64,10 +64,10 @@ class Listener(Protocol):
     address: str
 
     async def start(self) -> None:
-        """Take the address, let nobody in yet. Raises CannotListen."""
+        """Begin to listen. Raises CannotListen."""
 
     async def accept(self) -> Connection:
-        """The next peer that dialled us; the first call opens the door. Raises CannotListen."""
+        """The next peer that dialled us."""
 
     async def close(self) -> None:
         """Listen no more; connections already accepted live on."""

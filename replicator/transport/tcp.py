@@ -121,34 +121,22 @@ class TcpListener:
         self._waiting: asyncio.Queue[TcpConnection] = asyncio.Queue(MAX_WAITING)
 
     async def start(self) -> None:
-        """Take the port; peers are let in from the first ``accept`` on. Raises CannotListen or UnknownHost.
-
-        Port 0 becomes the one that the system chose.
-        """
+        """Begin to listen. Raises CannotListen or UnknownHost. Port 0 becomes the one that the system chose."""
         host = None if self._at.host == "*" else self._at.host
         try:
-            self._server = await asyncio.start_server(
-                self._arrived, host, self._at.port, limit=BUFFER_BYTES, start_serving=False
-            )
+            self._server = await self._serve(host, self._at.port)
         except socket.gaierror as error:
             raise UnknownHost(f"cannot listen on {self.address}: {reason(error)}") from error
         except (OSError, UnicodeError) as error:
-            raise self._refusal(error) from error
+            message = f"cannot listen on {self.address}: {_why(error)}"
+            raise CannotListen(message, help_text=_help(error, self._at)) from error
         if self._at.port == 0:
             self._at = self._at._replace(port=self._server.sockets[0].getsockname()[1])
             self.address = str(self._at)
 
     async def accept(self) -> TcpConnection:
-        """The next peer that dialled us. Raises CannotListen."""
-        if self._server is not None and not self._server.is_serving():
-            try:
-                await self._server.start_serving()
-            except OSError as error:
-                raise self._refusal(error) from error
+        """The next peer that dialled us."""
         return await self._waiting.get()
-
-    def _refusal(self, error: Exception) -> CannotListen:
-        return CannotListen(f"cannot listen on {self.address}: {_why(error)}", help_text=_help(error, self._at))
 
     async def close(self) -> None:
         """Listen no more; connections that were accepted live on, those never taken are dropped."""
