@@ -229,11 +229,12 @@ class ShmListener:
         self.address = f"shm:{path}"
         self._undo = ExitStack()
         self._listening: socket.socket | None = None
+        self._open = False
         self._waiting: asyncio.Queue[ShmConnection] = asyncio.Queue(MAX_WAITING)
         self._setups: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Begin to listen. Raises CannotListen."""
+        """Take the address, let nobody in yet. Raises CannotListen."""
         try:
             with ExitStack() as undo:
                 _lock(self._path, undo)
@@ -246,7 +247,6 @@ class ShmListener:
                 finally:
                     os.umask(before)
                 undo.callback(self._path.unlink, missing_ok=True)
-                listening.listen(MAX_WAITING)
                 self._undo = undo.pop_all()
         except OSError as error:
             how = "Give --listen a path in a directory that exists and is ours, or another name."
@@ -254,10 +254,13 @@ class ShmListener:
             message = f"cannot listen on {self.address}: {why}"
             raise CannotListen(message, help_text=how) from error
         self._listening = listening
-        asyncio.get_running_loop().add_reader(listening, self._arrived)
 
     async def accept(self) -> ShmConnection:
-        """The next peer that dialled us."""
+        """The next peer that dialled us; the first call opens the door."""
+        if self._listening is not None and not self._open:
+            self._open = True
+            self._listening.listen(MAX_WAITING)
+            asyncio.get_running_loop().add_reader(self._listening, self._arrived)
         return await self._waiting.get()
 
     async def close(self) -> None:

@@ -38,6 +38,12 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return transports.make(request.param)
 
 
+@pytest.fixture(params=[name for name in transports.names() if name != "slots"])
+def far_kind(request: pytest.FixtureRequest) -> Kind:
+    """Those whose peer may be another process."""
+    return transports.make(request.param)
+
+
 @pytest.fixture(params=[name for name in transports.names() if name != "tcp"])
 def careful(request: pytest.FixtureRequest) -> Kind:
     """Those that set a connection up by bytes of their own; with tcp, every byte is the peer's."""
@@ -62,7 +68,7 @@ def between(kind: Kind, directory: Path, body: Body) -> None:
 
     async def all_of_it() -> None:
         async with listening(kind, directory) as listener:
-            near, far = await asyncio.gather(kind.dialer(listener.address).dial(), listener.accept())
+            near, far = await connect(kind, listener)
             try:
                 async with asyncio.timeout(60):
                     await body(near, far)
@@ -80,6 +86,11 @@ async def listening(kind: Kind, directory: Path) -> AsyncIterator[Listener]:
         yield listener
     finally:
         await listener.close()
+
+
+async def connect(kind: Kind, listener: Listener) -> tuple[Connection, Connection]:
+    """Both ends of a connection; the door opens with the first ``accept``, perhaps after the first attempt."""
+    return await asyncio.gather(transports.dial(kind.dialer(listener.address)), listener.accept())
 
 
 async def read(connection: Connection, count: int) -> bytes:
@@ -199,10 +210,10 @@ def test_a_peer_that_reads_nothing_holds_the_sender(kind: Kind, directory: Path)
     between(kind, directory, body)
 
 
-def test_a_slow_peer_is_no_dead_one(kind: Kind, directory: Path) -> None:
+def test_a_slow_peer_is_no_dead_one(far_kind: Kind, directory: Path) -> None:
     async def body() -> None:
-        async with listening(kind, directory) as listener:
-            peer = transports.start(kind.name, "trickle", listener.address)
+        async with listening(far_kind, directory) as listener:
+            peer = transports.start(far_kind.name, "trickle", listener.address)
             connection = await listener.accept()
             began, frame = time.monotonic(), bytes(MIB)
             while time.monotonic() - began < PEER_TIMEOUT_S - 1 and peer.is_alive():
@@ -315,10 +326,10 @@ def test_a_cancelled_receive_loses_nothing(kind: Kind, directory: Path) -> None:
     between(kind, directory, body)
 
 
-def test_a_quick_peer_does_not_get_the_loop_for_itself(kind: Kind, directory: Path) -> None:
+def test_a_quick_peer_does_not_get_the_loop_for_itself(far_kind: Kind, directory: Path) -> None:
     async def body() -> None:
-        async with listening(kind, directory) as listener:
-            peer = transports.start(kind.name, "flood", listener.address)
+        async with listening(far_kind, directory) as listener:
+            peer = transports.start(far_kind.name, "flood", listener.address)
             connection = await listener.accept()
             turns, until = 0, time.monotonic() + 0.5
 
@@ -361,10 +372,10 @@ async def noticed(connection: Connection, behaviour: str) -> float:
 
 
 @pytest.mark.parametrize("behaviour", ["idle", "flood", "drink"])
-def test_a_killed_peer_is_noticed_and_can_come_back(kind: Kind, directory: Path, behaviour: str) -> None:
+def test_a_killed_peer_is_noticed_and_can_come_back(far_kind: Kind, directory: Path, behaviour: str) -> None:
     async def body() -> None:
-        async with listening(kind, directory) as listener:
-            peer = transports.start(kind.name, behaviour, listener.address)
+        async with listening(far_kind, directory) as listener:
+            peer = transports.start(far_kind.name, behaviour, listener.address)
             connection = await listener.accept()
             assert (await connection.receive()).startswith(behaviour.encode())
             if behaviour == "drink":
@@ -375,7 +386,7 @@ def test_a_killed_peer_is_noticed_and_can_come_back(kind: Kind, directory: Path,
             await lost_within(connection)
             await connection.close()
 
-            again = transports.start(kind.name, "leave", listener.address)
+            again = transports.start(far_kind.name, "leave", listener.address)
             connection = await listener.accept()
             assert await read_to_end(connection) == b"leave"
             await connection.close()
@@ -402,7 +413,7 @@ def test_an_address_is_listened_on_once(kind: Kind, directory: Path) -> None:
             with pytest.raises(CannotListen, match="cannot listen on ") as caught:
                 await kind.again(first.address).start()
             assert caught.value.help_text
-            near, far = await asyncio.gather(kind.dialer(first.address).dial(), first.accept())
+            near, far = await connect(kind, first)
         second = kind.again(first.address)
         await second.start()
         await near.send([b"lives on"])
@@ -417,10 +428,11 @@ def test_an_address_is_listened_on_once(kind: Kind, directory: Path) -> None:
 def test_several_peers(kind: Kind, directory: Path) -> None:
     async def body() -> None:
         async with listening(kind, directory) as listener:
-            dialled = await asyncio.gather(*(kind.dialer(listener.address).dial() for _ in range(6)))
+            first = asyncio.create_task(listener.accept())
+            dialled = await asyncio.gather(*(transports.dial(kind.dialer(listener.address)) for _ in range(6)))
             for number, connection in enumerate(dialled):
                 await connection.send([b"%d" % number])
-            accepted = [await listener.accept() for _ in dialled]
+            accepted = [await first, *[await listener.accept() for _ in dialled[1:]]]
             assert sorted([await read(connection, 1) for connection in accepted]) == [b"%d" % n for n in range(6)]
             await asyncio.gather(*(connection.close() for connection in (*dialled, *accepted)))
 
@@ -454,6 +466,8 @@ GARBAGE = {
 def test_strangers_do_not_keep_peers_out(careful: Kind, directory: Path, garbage: bytes, stays: bool) -> None:
     async def body() -> None:
         async with listening(careful, directory) as listener:
+            accepting = asyncio.create_task(listener.accept())
+            await asyncio.sleep(0.01)
             stranger = await asyncio.to_thread(_raw, listener.address)
             try:
                 await asyncio.to_thread(stranger.sendall, garbage)
@@ -462,7 +476,7 @@ def test_strangers_do_not_keep_peers_out(careful: Kind, directory: Path, garbage
             if not stays:
                 stranger.close()
             async with asyncio.timeout(NOTICED_S):
-                near, far = await asyncio.gather(careful.dialer(listener.address).dial(), listener.accept())
+                near, far = await careful.dialer(listener.address).dial(), await accepting
             await near.send([b"hello"])
             assert await read(far, 5) == b"hello"
             if stays:
@@ -507,16 +521,16 @@ def test_who_answers_nonsense_is_no_peer(careful: Kind, directory: Path, answer:
     asyncio.run(body())
 
 
-def test_a_peer_killed_while_it_connects(kind: Kind, directory: Path) -> None:
+def test_a_peer_killed_while_it_connects(far_kind: Kind, directory: Path) -> None:
     """Its half connection is dropped, and the next peer is served."""
 
     async def body() -> None:
-        async with listening(kind, directory) as listener:
+        async with listening(far_kind, directory) as listener:
             for delay in (0.0, 0.005, 0.02, 0.05):
-                peer = transports.start(kind.name, "idle", listener.address)
+                peer = transports.start(far_kind.name, "idle", listener.address)
                 await asyncio.sleep(delay)
                 kill(peer)
-            peer = transports.start(kind.name, "leave", listener.address)
+            peer = transports.start(far_kind.name, "leave", listener.address)
             while True:
                 async with asyncio.timeout(NOTICED_S + 5):
                     connection = await listener.accept()
