@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * dpvs.conf: sections "name {" ... "}" and lines "key value", each perhaps marked <init>. Only the keys the twin needs are
- * read; all others are passed over. Keys marked "first" count at the start alone, the rest again at SIGHUP, as in DPVS.
+ * dpvs.conf: sections "name {" ... "}" and lines "key value", each perhaps marked <init>. Only the keys the twin needs
+ * are read; all others are passed over. Keys marked "first" count at the start alone, the rest again at SIGHUP, as in
+ * DPVS.
  */
 #include <ctype.h>
 #include <stdlib.h>

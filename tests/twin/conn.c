@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Sessions (DPVS src/ipvs/ip_vs_conn.c): a mempool dp_vs_conn_<socket>, one table a worker with two entries a session, one
- * locked table of templates. A session's life passes the calls that probes sit on, in DPVS's order: redirect_alloc, laddr_bind,
- * redirect_init, (hash) redirect_hash; at the end redirect_unhash, laddr_unbind, redirect_free. Its timer handler is
- * dp_vs_conn_expire, which re-arms while somebody holds or is controlled by the session, and frees it otherwise.
+ * Sessions (DPVS src/ipvs/ip_vs_conn.c): a mempool dp_vs_conn_<socket>, one table a worker with two entries a session,
+ * one locked table of templates. A session's life passes the calls that probes sit on, in DPVS's order: redirect_alloc,
+ * laddr_bind, redirect_init, (hash) redirect_hash; at the end redirect_unhash, laddr_unbind, redirect_free. Its timer
+ * handler is dp_vs_conn_expire, which re-arms while somebody holds or is controlled by the session, and frees it
+ * otherwise.
  */
 #include <stdlib.h>
 
@@ -163,8 +164,7 @@ static struct dp_vs_conn *table_find(const struct list_head *table, int af, uint
     uint32_t hash = dp_vs_conn_hashkey(af, saddr, sport, daddr, dport, DPVS_CONN_TBL_MASK);
     struct conn_tuple_hash *t;
 
-    list_for_each_entry(t, &table[hash], list)
-    {
+    list_for_each_entry (t, &table[hash], list) {
         if (t->sport == sport && t->dport == dport && t->proto == proto && t->af == af &&
             inet_addr_equal(af, &t->saddr, saddr) && inet_addr_equal(af, &t->daddr, daddr)) {
             struct dp_vs_conn *conn = tuplehash_to_conn(t);
@@ -531,8 +531,7 @@ int dp_vs_conn_init(void)
         return EDPVS_NOMEM;
     rte_spinlock_init(&dp_vs_ct_lock);
     rte_eal_mp_remote_launch(init_worker, NULL, SKIP_MAIN);
-    RTE_LCORE_FOREACH_WORKER(lcore)
-    {
+    RTE_LCORE_FOREACH_WORKER (lcore) {
         int err = rte_eal_wait_lcore(lcore);
         if (err < 0)
             return err;
@@ -543,9 +542,8 @@ int dp_vs_conn_init(void)
         char name[32];
 
         snprintf(name, sizeof(name), "dp_vs_conn_%d", i);
-        dp_vs_conn_cache[i] =
-            rte_mempool_create(name, (unsigned)twin_conf.conn_pool_size, sizeof(struct dp_vs_conn),
-                               (unsigned)twin_conf.conn_pool_cache, 0, NULL, NULL, NULL, NULL, i, 0);
+        dp_vs_conn_cache[i] = rte_mempool_create(name, (unsigned)twin_conf.conn_pool_size, sizeof(struct dp_vs_conn),
+                                                 (unsigned)twin_conf.conn_pool_cache, 0, NULL, NULL, NULL, NULL, i, 0);
         if (!dp_vs_conn_cache[i])
             return EDPVS_NOMEM;
     }

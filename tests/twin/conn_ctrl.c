@@ -18,7 +18,7 @@ static struct list_head to_dump = LIST_HEAD_INIT(to_dump);
 
 static const char *state_name(uint16_t proto, uint16_t state)
 {
-    static const char *const tcp[] = {"TCP_NONE",  "TCP_EST",   "SYN_SENT",   "SYN_RECV", "FIN_WAIT", "TIME_WAIT",
+    static const char *const tcp[] = {"TCP_NONE",  "TCP_EST",    "SYN_SENT", "SYN_RECV", "FIN_WAIT", "TIME_WAIT",
                                       "TCP_CLOSE", "CLOSE_WAIT", "LAST_ACK", "LISTEN",   "SYNACK"};
     static const char *const udp[] = {"UDP_NONE", "UDP_ONEWAY", "UDP_NORM", "UDP_LAST"};
 
@@ -56,13 +56,12 @@ static int dump_table(const struct list_head *table)
     for (int i = 0; i < DPVS_CONN_TBL_SIZE; i++) {
         struct conn_tuple_hash *t;
 
-        list_for_each_entry(t, &table[i], list)
-        {
+        list_for_each_entry (t, &table[i], list) {
             if (t->direct != DPVS_CONN_DIR_INBOUND)
                 continue;
             if (!block) {
-                block = rte_zmalloc("conn_ctrl",
-                                    sizeof(*block) + MAX_CTRL_CONN_GET_ENTRIES * sizeof(ipvs_conn_entry_t), 0);
+                block =
+                    rte_zmalloc("conn_ctrl", sizeof(*block) + MAX_CTRL_CONN_GET_ENTRIES * sizeof(ipvs_conn_entry_t), 0);
                 if (!block)
                     return EDPVS_NOMEM;
             }
@@ -82,8 +81,7 @@ static void drop_dump(void)
 {
     struct dump_block *block, *next;
 
-    list_for_each_entry_safe(block, next, &to_dump, ca_list)
-    {
+    list_for_each_entry_safe (block, next, &to_dump, ca_list) {
         list_del_init(&block->ca_list);
         rte_free(block);
     }
@@ -94,8 +92,7 @@ static bool fill_reply(struct ip_vs_conn_array *reply, uint32_t *got)
 {
     struct dump_block *block, *next;
 
-    list_for_each_entry_safe(block, next, &to_dump, ca_list)
-    {
+    list_for_each_entry_safe (block, next, &to_dump, ca_list) {
         int n = RTE_MIN(block->tail - block->head, (int)(MAX_CTRL_CONN_GET_ENTRIES - *got));
 
         memcpy((char *)reply + sizeof(*reply) + *got * sizeof(ipvs_conn_entry_t), &block->array[block->head],
@@ -123,8 +120,7 @@ static int finish(struct ip_vs_conn_array *reply, uint32_t got, uint32_t result,
 static int dump_worker(lcoreid_t cid)
 {
     const uint32_t done = DPVS_MSG_F_STATE_FIN | DPVS_MSG_F_STATE_DROP;
-    struct dpvs_msg *msg =
-        msg_make(MSG_TYPE_CONN_GET_ALL, 0, DPVS_MSG_UNICAST, (lcoreid_t)rte_lcore_id(), 0, NULL);
+    struct dpvs_msg *msg = msg_make(MSG_TYPE_CONN_GET_ALL, 0, DPVS_MSG_UNICAST, (lcoreid_t)rte_lcore_id(), 0, NULL);
     uint32_t flags;
     int err;
 
@@ -192,8 +188,7 @@ static int get_specified(const struct ip_vs_conn_req *req, struct ip_vs_conn_arr
         return EDPVS_NOMEM;
     err = multicast_msg_send(msg, 0, &mcq);
     if (err == EDPVS_OK) {
-        list_for_each_entry(answer, &mcq->mq, mq_node)
-        {
+        list_for_each_entry (answer, &mcq->mq, mq_node) {
             const struct ip_vs_conn_array *found = (const void *)answer->data;
             if (found->resl == GET_IPVS_CONN_RESL_OK && found->nconns == 1) {
                 memcpy(reply, found, sizeof(*reply) + sizeof(ipvs_conn_entry_t));
@@ -291,10 +286,8 @@ static int on_get_all(struct dpvs_msg *msg __rte_unused)
 
 int conn_ctrl_init(void)
 {
-    struct dpvs_msg_type get = {.type = MSG_TYPE_CONN_GET,
-                                .mode = DPVS_MSG_MULTICAST,
-                                .prio = MSG_PRIO_LOW,
-                                .unicast_msg_cb = on_get};
+    struct dpvs_msg_type get = {
+        .type = MSG_TYPE_CONN_GET, .mode = DPVS_MSG_MULTICAST, .prio = MSG_PRIO_LOW, .unicast_msg_cb = on_get};
     int err = msg_type_mc_register(&get);
 
     for (unsigned cid = 0; err == EDPVS_OK && cid < DPVS_MAX_LCORE; cid++) {

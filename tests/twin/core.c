@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The way of a packet to its session (DPVS src/ipvs/ip_vs_{core,proto}.c): look up, else see whether another worker owns it,
- * else schedule a new session; then the state machine, then transmit.
+ * The way of a packet to its session (DPVS src/ipvs/ip_vs_{core,proto}.c): look up, else see whether another worker
+ * owns it, else schedule a new session; then the state machine, then transmit.
  */
 #include "twin.h"
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * What the twin shares with DPVS 1.10.2 (default config.mk): struct layouts, constants, exported names and signatures.
- * Every size and offset is asserted in layout.c against the numbers of probes/layouts; nothing of the twin's own is here.
+ * Every size and offset is asserted in layout.c against the numbers of probes/layouts; nothing of the twin's own is
+ * here.
  */
 #ifndef TWIN_DPVS_H
 #define TWIN_DPVS_H

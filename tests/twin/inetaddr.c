@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Addresses of the port (DPVS src/inetaddr.c): each lcore has its own copies. One that is deleted while sessions still use
- * its ports waits in the list of the expired, where their release finds it.
+ * Addresses of the port (DPVS src/inetaddr.c): each lcore has its own copies. One that is deleted while sessions still
+ * use its ports waits in the list of the expired, where their release finds it.
  */
 #include <arpa/inet.h>
 #include <linux/if_addr.h>
@@ -26,8 +26,7 @@ static struct inet_ifaddr *hold_in(struct list_head *list, int af, const union i
 {
     struct inet_ifaddr *ifa;
 
-    list_for_each_entry(ifa, list, h_list)
-    {
+    list_for_each_entry (ifa, list, h_list) {
         if (ifa->af == af && (!plen || ifa->plen == plen) && inet_addr_equal(af, &ifa->addr, addr)) {
             rte_atomic32_inc(&ifa->refcnt);
             return ifa;
@@ -144,8 +143,7 @@ bool ifa_source4(uint32_t daddr, uint32_t *source)
 {
     const struct inet_ifaddr *ifa;
 
-    list_for_each_entry(ifa, &device.ifa_list[rte_lcore_id()], d_list)
-    {
+    list_for_each_entry (ifa, &device.ifa_list[rte_lcore_id()], d_list) {
         if (ifa->af == AF_INET && ifa->plen < 32 && !((ifa->addr.in.s_addr ^ daddr) & ifa->mask.in.s_addr)) {
             *source = ifa->addr.in.s_addr;
             return true;
@@ -161,16 +159,15 @@ void ifa_json(FILE *out)
     const char *comma = "";
 
     fprintf(out, "[");
-    list_for_each_entry(ifa, &device.ifa_list[rte_lcore_id()], d_list)
-    {
+    list_for_each_entry (ifa, &device.ifa_list[rte_lcore_id()], d_list) {
         struct sa_pool_stats st;
         char text[INET6_ADDRSTRLEN];
 
         if (get_sa_pool_stats(ifa, &st) != EDPVS_OK)
             continue;
         inet_ntop(ifa->af, &ifa->addr, text, sizeof(text));
-        fprintf(out, "%s{\"addr\":\"%s\",\"used\":%u,\"free\":%u,\"miss\":%u}", comma, text, st.used_cnt,
-                st.free_cnt, st.miss_cnt);
+        fprintf(out, "%s{\"addr\":\"%s\",\"used\":%u,\"free\":%u,\"miss\":%u}", comma, text, st.used_cnt, st.free_cnt,
+                st.miss_cnt);
         comma = ",";
     }
     fprintf(out, "]");

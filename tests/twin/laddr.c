@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Local addresses of a service (DPVS src/ipvs/ip_vs_laddr.c): round robin, each worker its own; the port comes from sa_pool. */
+/* Local addresses of a service (DPVS src/ipvs/ip_vs_laddr.c): round robin, each worker its own; the port comes from
+ * sa_pool. */
 #include <arpa/inet.h>
 
 #include <rte_random.h>
@@ -120,8 +121,7 @@ int dp_vs_laddr_add(struct dp_vs_service *svc, int af, const union inet_addr *ad
 
     if (!svc || !addr)
         return EDPVS_INVAL;
-    list_for_each_entry(laddr, &svc->laddr_list, list)
-    {
+    list_for_each_entry (laddr, &svc->laddr_list, list) {
         if (af == laddr->af && inet_addr_equal(af, &laddr->addr, addr))
             return EDPVS_EXIST;
     }
@@ -156,8 +156,7 @@ int dp_vs_laddr_del(struct dp_vs_service *svc, int af, const union inet_addr *ad
 
     if (!svc || !addr)
         return EDPVS_INVAL;
-    list_for_each_entry_safe(laddr, next, &svc->laddr_list, list)
-    {
+    list_for_each_entry_safe (laddr, next, &svc->laddr_list, list) {
         if (af == laddr->af && inet_addr_equal(af, &laddr->addr, addr)) {
             unlink_laddr(svc, laddr);
             return EDPVS_OK;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The twin is of use only while its structs are DPVS 1.10.2's to the byte. Sizes, offsets and ids below are those measured
- * on a stock build (default config.mk, DPDK 24.11); the rte_mempool ones hold for this machine's DPDK as well or it fails here.
+ * The twin is of use only while its structs are DPVS 1.10.2's to the byte. Sizes, offsets and ids below are those
+ * measured on a stock build (default config.mk, DPDK 24.11); the rte_mempool ones hold for this machine's DPDK as well
+ * or it fails here.
  */
 #include "dpvs.h"
 #include "sockopts.h"
@@ -10,7 +11,6 @@
 #define FIELD(type, member, offset, bytes)                                                                             \
     _Static_assert(offsetof(struct type, member) == (offset) && sizeof(((struct type *)0)->member) == (bytes),         \
                    #type "." #member)
-
 
 SIZE(dp_vs_conn, 576);
 FIELD(dp_vs_conn, af, 0, 4);

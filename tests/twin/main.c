@@ -198,11 +198,20 @@ static void init_modules(void)
         const char *name;
         int (*init)(void);
     } modules[] = {
-        {"timer", dpvs_timer_init},   {"netif", net_init},          {"msg", msg_init},
-        {"sockopt", sockopt_init},    {"inetaddr", inetaddr_init},  {"sa_pool", sa_pool_init},
-        {"proto", dp_vs_proto_init},  {"conn", dp_vs_conn_init},    {"redirect", dp_vs_redirects_init},
-        {"service", service_init},    {"eal_mem", eal_mem_sockopt_init}, {"synthesize", synthesize_init},
-        {"twinctl", twinctl_init},    {"start of the port", net_start},
+        {"timer", dpvs_timer_init},
+        {"netif", net_init},
+        {"msg", msg_init},
+        {"sockopt", sockopt_init},
+        {"inetaddr", inetaddr_init},
+        {"sa_pool", sa_pool_init},
+        {"proto", dp_vs_proto_init},
+        {"conn", dp_vs_conn_init},
+        {"redirect", dp_vs_redirects_init},
+        {"service", service_init},
+        {"eal_mem", eal_mem_sockopt_init},
+        {"synthesize", synthesize_init},
+        {"twinctl", twinctl_init},
+        {"start of the port", net_start},
     };
 
     for (size_t i = 0; i < RTE_DIM(modules); i++) {
@@ -286,7 +295,8 @@ int main(int argc, char **argv)
     dpvs_lcore_start(1);
 
     /* only the command "quit" gets here */
-    RTE_LCORE_FOREACH_WORKER(lcore) rte_eal_wait_lcore(lcore);
+    RTE_LCORE_FOREACH_WORKER (lcore)
+        rte_eal_wait_lcore(lcore);
     net_stop();
     twinctl_term();
     sockopt_term();

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The memory of inter-lcore messages (DPVS src/mempool.c): one rte_mempool for each power of two from 64 bytes to 128 KiB,
- * 2 MiB each, the heap beyond that. A 12-byte cookie precedes an object, so a message is aligned to 4 bytes only, as in DPVS.
+ * The memory of inter-lcore messages (DPVS src/mempool.c): one rte_mempool for each power of two from 64 bytes to 128
+ * KiB, 2 MiB each, the heap beyond that. A 12-byte cookie precedes an object, so a message is aligned to 4 bytes only,
+ * as in DPVS.
  */
 #include "mempool.h"
 #include "twin.h"

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Messages between lcores (DPVS src/ctrl.c): a ring for each lcore, callbacks by type and lcore. A unicast message runs its
- * callback on the target; a multicast one goes from the master to all workers, whose answers come back as unicast messages
- * of the same type and sequence number. Whoever holds a message holds a reference; the last one frees it.
+ * Messages between lcores (DPVS src/ctrl.c): a ring for each lcore, callbacks by type and lcore. A unicast message runs
+ * its callback on the target; a multicast one goes from the master to all workers, whose answers come back as unicast
+ * messages of the same type and sequence number. Whoever holds a message holds a reference; the last one frees it.
  */
 #include <rte_ring.h>
 #include <rte_rwlock.h>
@@ -51,8 +51,7 @@ static struct dpvs_msg_type *type_get(msgid_t type, lcoreid_t cid)
     if (cid >= DPVS_MAX_LCORE)
         return NULL;
     rte_rwlock_read_lock(&type_locks[cid][bucket]);
-    list_for_each_entry(mt, &types[cid][bucket], list)
-    {
+    list_for_each_entry (mt, &types[cid][bucket], list) {
         if (mt->type == type) {
             rte_atomic32_inc(&mt->refcnt);
             found = mt;
@@ -189,8 +188,7 @@ static struct dpvs_multicast_queue *mcq_get(msgid_t type, uint32_t seq)
     struct dpvs_multicast_queue *mcq;
 
     assert(rte_lcore_id() == master);
-    list_for_each_entry(mcq, &mc_waiting[(type ^ seq) % MC_BUCKETS], list)
-    {
+    list_for_each_entry (mcq, &mc_waiting[(type ^ seq) % MC_BUCKETS], list) {
         if (mcq->type == type && mcq->seq == seq)
             return mcq;
     }
@@ -201,8 +199,7 @@ static void mcq_free(struct dpvs_multicast_queue *mcq)
 {
     struct dpvs_msg *answer, *next;
 
-    list_for_each_entry_safe(answer, next, &mcq->mq, mq_node)
-    {
+    list_for_each_entry_safe (answer, next, &mcq->mq, mq_node) {
         list_del_init(&answer->mq_node);
         flags_add(answer, DPVS_MSG_F_STATE_FIN);
         msg_destroy(&answer);
@@ -418,8 +415,7 @@ static void master_process(int step)
 
 static int answer_multicast(struct dpvs_msg *msg, lcoreid_t cid)
 {
-    struct dpvs_msg *answer =
-        msg_make(msg->type, msg->seq, DPVS_MSG_UNICAST, cid, msg->reply.len, msg->reply.data);
+    struct dpvs_msg *answer = msg_make(msg->type, msg->seq, DPVS_MSG_UNICAST, cid, msg->reply.len, msg->reply.data);
     int err;
 
     if (!answer)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * One port, "dpdk0": receive, Ethernet, ARP, echo, transmit. Neighbours are one locked table for all workers, because the
- * answer to one's question may arrive at another. A packet whose next hop is unknown waits in its entry, a few at most.
+ * One port, "dpdk0": receive, Ethernet, ARP, echo, transmit. Neighbours are one locked table for all workers, because
+ * the answer to one's question may arrive at another. A packet whose next hop is unknown waits in its entry, a few at
+ * most.
  */
 #include <rte_arp.h>
 #include <rte_icmp.h>

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Redirects (DPVS src/ipvs/ip_vs_redirect.c): with "redirect on", one global table of outbound tuples says which worker owns
- * a session, and a packet that arrives on another worker goes to the owner over a ring. The init and free calls are made for
- * every session, with the table or without it: they are where probes see sessions come and go.
+ * Redirects (DPVS src/ipvs/ip_vs_redirect.c): with "redirect on", one global table of outbound tuples says which worker
+ * owns a session, and a packet that arrives on another worker goes to the owner over a ring. The init and free calls
+ * are made for every session, with the table or without it: they are where probes see sessions come and go.
  */
 #include <rte_ring.h>
 
@@ -111,8 +111,7 @@ struct dp_vs_redirect *dp_vs_redirect_get(int af, uint16_t proto, const union in
         return NULL;
     hash = dp_vs_conn_hashkey(af, saddr, sport, daddr, dport, TABLE_MASK);
     rte_spinlock_lock(&locks[hash]);
-    list_for_each_entry(r, &dp_vs_cr_tbl[hash], list)
-    {
+    list_for_each_entry (r, &dp_vs_cr_tbl[hash], list) {
         if (r->af == af && r->proto == proto && r->sport == sport && r->dport == dport &&
             inet_addr_equal(af, &r->saddr, saddr) && inet_addr_equal(af, &r->daddr, daddr)) {
             found = r;
@@ -156,8 +155,7 @@ static int create_rings(void)
             if (to == from || !netif_lcore_is_fwd_worker((lcoreid_t)to) || !netif_lcore_is_fwd_worker((lcoreid_t)from))
                 continue;
             snprintf(name, sizeof(name), "dp_vs_redirect_ring[%d[%d]", to, from);
-            rings[to][from] =
-                rte_ring_create(name, RING_SIZE, (int)rte_socket_id(), RING_F_SP_ENQ | RING_F_SC_DEQ);
+            rings[to][from] = rte_ring_create(name, RING_SIZE, (int)rte_socket_id(), RING_F_SP_ENQ | RING_F_SC_DEQ);
             if (!rings[to][from])
                 return EDPVS_NOMEM;
         }

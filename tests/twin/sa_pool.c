@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Local ports (DPVS src/sa_pool.c): each worker has, for each local address, the ports with (port & mask) == its base, in
- * pools hashed by the real server's address and port. The head of the free list is taken, the tail is where a released port
- * goes. A release asserts that the entry of that port carries that very address and port; asserts are on.
+ * Local ports (DPVS src/sa_pool.c): each worker has, for each local address, the ports with (port & mask) == its base,
+ * in pools hashed by the real server's address and port. The head of the free list is taken, the tail is where a
+ * released port goes. A release asserts that the entry of that port carries that very address and port; asserts are on.
  */
 #include <rte_jhash.h>
 
@@ -47,8 +47,7 @@ static int alloc_pools(struct sa_pool *ap, uint8_t hash_sz, const struct sa_flow
     size_t entries = MAX_PORT >> flow->shift;
     struct sa_entry *first;
 
-    ap->pool_hash =
-        rte_zmalloc(NULL, hash_sz * (sizeof(struct sa_entry_pool) + entries * sizeof(struct sa_entry)), 64);
+    ap->pool_hash = rte_zmalloc(NULL, hash_sz * (sizeof(struct sa_entry_pool) + entries * sizeof(struct sa_entry)), 64);
     if (!ap->pool_hash)
         return EDPVS_NOMEM;
     ap->pool_hash_sz = hash_sz;
@@ -224,8 +223,7 @@ int sa_fetch(int af, struct netif_port *dev, const struct sockaddr_storage *dadd
     return err;
 }
 
-int sa_release(const struct netif_port *dev, const struct sockaddr_storage *daddr,
-               const struct sockaddr_storage *saddr)
+int sa_release(const struct netif_port *dev, const struct sockaddr_storage *daddr, const struct sockaddr_storage *saddr)
 {
     union inet_addr local;
     struct inet_ifaddr *ifa;

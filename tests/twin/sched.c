@@ -81,8 +81,7 @@ static int wrr_update(struct dp_vs_service *svc, struct dp_vs_dest *changed __rt
 
     mark->at = dp_vs_sched_first_dest(svc);
     mark->greatest = mark->step = 0;
-    list_for_each_entry(dest, &svc->dests, n_list)
-    {
+    list_for_each_entry (dest, &svc->dests, n_list) {
         int weight = rte_atomic16_read(&dest->weight);
         mark->greatest = RTE_MAX(mark->greatest, weight);
         mark->step = gcd(mark->step, weight);
@@ -144,8 +143,8 @@ static struct dp_vs_dest *wlc_schedule(struct dp_vs_service *svc, const struct r
     do {
         if (node != &svc->dests && usable(dest_of(node))) {
             struct dp_vs_dest *dest = dest_of(node);
-            if (!least || load_of(least) * rte_atomic16_read(&dest->weight) >
-                              load_of(dest) * rte_atomic16_read(&least->weight))
+            if (!least ||
+                load_of(least) * rte_atomic16_read(&dest->weight) > load_of(dest) * rte_atomic16_read(&least->weight))
                 least = dest;
         }
         node = node->next;

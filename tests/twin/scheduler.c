@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The loop of an lcore (DPVS src/scheduler.c): registered jobs, over and over. The twin alone sleeps after a row of rounds
- * in which nothing was done, so that two nodes fit on two cores; TWIN_POLL=1 or the command "poll on" makes it spin as DPVS.
+ * The loop of an lcore (DPVS src/scheduler.c): registered jobs, over and over. The twin alone sleeps after a row of
+ * rounds in which nothing was done, so that two nodes fit on two cores; TWIN_POLL=1 or the command "poll on" makes it
+ * spin as DPVS.
  */
 #include <unistd.h>
 
@@ -40,8 +41,7 @@ static bool registered(const struct dpvs_lcore_job *job, dpvs_lcore_role_t role)
 {
     const struct dpvs_lcore_job *other;
 
-    list_for_each_entry(other, &jobs[role][job->type], list)
-    {
+    list_for_each_entry (other, &jobs[role][job->type], list) {
         if (other == job)
             return true;
     }
@@ -97,15 +97,16 @@ static int job_loop(void *arg __rte_unused)
     if (role == LCORE_ROLE_IDLE)
         return EDPVS_IDLE;
     LOG(INFO, "lcore %02u enter %s loop\n", rte_lcore_id(), role == LCORE_ROLE_MASTER ? "master" : "worker");
-    list_for_each_entry(job, &jobs[role][LCORE_JOB_INIT], list) job->func(job->data);
+    list_for_each_entry (job, &jobs[role][LCORE_JOB_INIT], list)
+        job->func(job->data);
 
     while (dpvs_state_get() != DPVS_STATE_FINISH) {
         uint64_t work = stats->work;
 
         round++;
-        list_for_each_entry(job, &jobs[role][LCORE_JOB_LOOP], list) job->func(job->data);
-        list_for_each_entry(job, &jobs[role][LCORE_JOB_SLOW], list)
-        {
+        list_for_each_entry (job, &jobs[role][LCORE_JOB_LOOP], list)
+            job->func(job->data);
+        list_for_each_entry (job, &jobs[role][LCORE_JOB_SLOW], list) {
             if (round % job->skip_loops == 0)
                 job->func(job->data);
         }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Services and real servers (DPVS src/ipvs/ip_vs_{service,dest}.c): every lcore has its own copy of each. A session holds its
- * server, a server its service, so both outlive their deletion until the last session ends.
+ * Services and real servers (DPVS src/ipvs/ip_vs_{service,dest}.c): every lcore has its own copy of each. A session
+ * holds its server, a server its service, so both outlive their deletion until the last session ends.
  */
 #include <arpa/inet.h>
 
@@ -39,8 +39,7 @@ struct dp_vs_service *dp_vs_service_lookup(int af, uint16_t protocol, const unio
 {
     struct dp_vs_service *svc;
 
-    list_for_each_entry(svc, bucket_of(af, protocol, vaddr, cid), s_list)
-    {
+    list_for_each_entry (svc, bucket_of(af, protocol, vaddr, cid), s_list) {
         if (svc->af == af && svc->port == vport && svc->proto == protocol && inet_addr_equal(af, &svc->addr, vaddr))
             return svc;
     }
@@ -105,7 +104,8 @@ int service_del(int proto, const union inet_addr *vip, uint16_t port)
     num_services[rte_lcore_id()]--;
     svc->flags &= ~(unsigned)DP_VS_SVC_F_HASHED;
     dp_vs_laddr_flush(svc);
-    list_for_each_entry_safe(dest, next, &svc->dests, n_list) dest_unlink(svc, dest, false);
+    list_for_each_entry_safe (dest, next, &svc->dests, n_list)
+        dest_unlink(svc, dest, false);
     if (svc->scheduler->exit_service)
         svc->scheduler->exit_service(svc);
     dp_vs_service_put(svc);
@@ -116,8 +116,7 @@ struct dp_vs_dest *dp_vs_dest_lookup(int af, struct dp_vs_service *svc, const un
 {
     struct dp_vs_dest *dest;
 
-    list_for_each_entry(dest, &svc->dests, n_list)
-    {
+    list_for_each_entry (dest, &svc->dests, n_list) {
         if (dest->af == af && dest->port == dport && inet_addr_equal(af, &dest->addr, daddr))
             return dest;
     }
@@ -182,8 +181,7 @@ struct dp_vs_service *service_first(int proto, enum dpvs_fwd_mode mode)
 
     for (int i = 0; i < BUCKETS; i++) {
         struct dp_vs_service *svc;
-        list_for_each_entry(svc, &table[cid][i], s_list)
-        {
+        list_for_each_entry (svc, &table[cid][i], s_list) {
             if (svc->proto == proto && !list_empty(&svc->dests) &&
                 list_entry(svc->dests.next, struct dp_vs_dest, n_list)->fwdmode == mode)
                 return svc;
@@ -218,8 +216,7 @@ static void one_service_json(FILE *out, const struct dp_vs_service *svc)
     inet_ntop(svc->af, &svc->addr, text, sizeof(text));
     fprintf(out, "{\"proto\":\"%s\",\"vip\":\"%s\",\"port\":%u,\"sched\":\"%s\",\"dests\":[",
             svc->proto == IPPROTO_TCP ? "tcp" : "udp", text, ntohs(svc->port), svc->scheduler->name);
-    list_for_each_entry(dest, &svc->dests, n_list)
-    {
+    list_for_each_entry (dest, &svc->dests, n_list) {
         inet_ntop(dest->af, &dest->addr, text, sizeof(text));
         fprintf(out,
                 "%s{\"addr\":\"%s\",\"port\":%u,\"mode\":\"%s\",\"weight\":%d,\"actconns\":%d,\"inactconns\":%d,"
@@ -231,8 +228,7 @@ static void one_service_json(FILE *out, const struct dp_vs_service *svc)
     }
     fprintf(out, "],\"laddrs\":[");
     comma = "";
-    list_for_each_entry(laddr, &svc->laddr_list, list)
-    {
+    list_for_each_entry (laddr, &svc->laddr_list, list) {
         inet_ntop(laddr->af, &laddr->addr, text, sizeof(text));
         fprintf(out, "%s{\"addr\":\"%s\",\"conn_counts\":%d}", comma, text, rte_atomic32_read(&laddr->conn_counts));
         comma = ",";
@@ -248,8 +244,7 @@ void service_json(FILE *out)
     fprintf(out, "[");
     for (int i = 0; i < BUCKETS; i++) {
         struct dp_vs_service *svc;
-        list_for_each_entry(svc, &table[cid][i], s_list)
-        {
+        list_for_each_entry (svc, &table[cid][i], s_list) {
             fprintf(out, "%s", comma);
             one_service_json(out, svc);
             comma = ",";

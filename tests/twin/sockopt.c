@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The control socket (DPVS src/ctrl.c): one request a connection, read whole, blocking, in the master's loop, one
- * connection waiting. Handlers cover ranges of ids; the SET of the one that covers SOCKOPT_SET_CONN is empty and is called
- * all the same, so that request ends the process by SIGSEGV, as on a stock DPVS. Error paths index the table of names by id.
+ * connection waiting. Handlers cover ranges of ids; the SET of the one that covers SOCKOPT_SET_CONN is empty and is
+ * called all the same, so that request ends the process by SIGSEGV, as on a stock DPVS. Error paths index the table of
+ * names by id.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -39,8 +40,7 @@ int sockopt_register(struct dpvs_sockopts *sockopts)
 
     if (!sockopts)
         return EDPVS_INVAL;
-    list_for_each_entry(other, &handlers, list)
-    {
+    list_for_each_entry (other, &handlers, list) {
         if (overlap(sockopts->set_opt_min, sockopts->set_opt_max, other->set_opt_min, other->set_opt_max) ||
             overlap(sockopts->get_opt_min, sockopts->get_opt_max, other->get_opt_min, other->get_opt_max))
             rte_exit(EXIT_FAILURE, "sockopt type already exist ->\n\t\tget: %s - %s\n\t\tset: %s - %s\n",
@@ -57,8 +57,7 @@ int sockopt_unregister(struct dpvs_sockopts *sockopts)
 
     if (!sockopts)
         return EDPVS_INVAL;
-    list_for_each_entry_safe(other, next, &handlers, list)
-    {
+    list_for_each_entry_safe (other, next, &handlers, list) {
         if (other == sockopts) {
             list_del_init(&other->list);
             return EDPVS_OK;
@@ -72,8 +71,7 @@ static struct dpvs_sockopts *find(const struct dpvs_sock_msg *msg)
 {
     struct dpvs_sockopts *opts;
 
-    list_for_each_entry(opts, &handlers, list)
-    {
+    list_for_each_entry (opts, &handlers, list) {
         bool covers = false;
 
         if (msg->type == SOCKOPT_GET)
@@ -109,8 +107,8 @@ static struct dpvs_sock_msg *receive(int client)
     memcpy(msg, &header, sizeof(header));
     got = header.len ? readn(client, msg->data, header.len) : 0;
     if (got != (ssize_t)header.len) {
-        LOG(WARNING, "%s: sockopt[%s] msg body recv fail -- %zd/%zu recieved\n", __func__,
-            dpvs_sockopts_name[msg->id], got, header.len);
+        LOG(WARNING, "%s: sockopt[%s] msg body recv fail -- %zd/%zu recieved\n", __func__, dpvs_sockopts_name[msg->id],
+            got, header.len);
         rte_free(msg);
         return NULL;
     }

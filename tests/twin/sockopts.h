@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The ids of DPVS 1.10.2's control socket: positions in one list (include/conf/sockopts.h), so every name has to be here. */
+/*
+ * The ids of DPVS 1.10.2's control socket are positions in one list (include/conf/sockopts.h): every name has to be here.
+ */
 #ifndef TWIN_SOCKOPTS_H
 #define TWIN_SOCKOPTS_H
 

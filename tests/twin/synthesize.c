@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Sessions out of nothing, for load without packets: each worker makes its share of FullNAT TCP sessions of the first such
- * service through dp_vs_conn_new(), at a steady rate, ESTABLISHED, with sequence fields filled in. They end by their timer,
- * without the resets that a real one sends. Clients are 198.18.0.0/15 (RFC 2544), one after the other.
+ * Sessions out of nothing, for load without packets: each worker makes its share of FullNAT TCP sessions of the first
+ * such service through dp_vs_conn_new(), at a steady rate, ESTABLISHED, with sequence fields filled in. They end by
+ * their timer, without the resets that a real one sends. Clients are 198.18.0.0/15 (RFC 2544), one after the other.
  */
 #include <arpa/inet.h>
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * TCP (DPVS src/ipvs/ip_vs_proto_tcp.c). In FullNAT the client's sequence numbers move by fnat_seq.delta, chosen at its SYN so
- * that the server sees a number hashed from the local side; the timestamps option of the SYN is blanked; the client's address
- * goes along as an option (TOA) in segments that acknowledge the server's first byte. A session that runs out ESTABLISHED
- * resets both sides.
+ * TCP (DPVS src/ipvs/ip_vs_proto_tcp.c). In FullNAT the client's sequence numbers move by fnat_seq.delta, chosen at its
+ * SYN so that the server sees a number hashed from the local side; the timestamps option of the SYN is blanked; the
+ * client's address goes along as an option (TOA) in segments that acknowledge the server's first byte. A session that
+ * runs out ESTABLISHED resets both sides.
  */
 #include <stdlib.h>
 #include <time.h>
@@ -108,7 +108,8 @@ static void move_sack(struct tcphdr *th, uint32_t by)
 /* A hash of the local side plus a clock of 64 ns, as kernels choose theirs. */
 static uint32_t initial_sequence(const struct dp_vs_conn *conn)
 {
-    uint32_t words[4] = {conn->laddr.in.s_addr, conn->daddr.in.s_addr, (uint32_t)conn->lport << 16 | conn->dport, secret};
+    uint32_t words[4] = {conn->laddr.in.s_addr, conn->daddr.in.s_addr, (uint32_t)conn->lport << 16 | conn->dport,
+                         secret};
     struct timespec now;
 
     clock_gettime(CLOCK_MONOTONIC, &now);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * DPVS's timers (src/timer.c): two wheels of 2^19 slots, one scheduler a worker and one, locked, for the whole process on
- * the master. A periodic rte_timer moves a scheduler by one tick of 1 ms. A late lcore runs one tick per call of
+ * DPVS's timers (src/timer.c): two wheels of 2^19 slots, one scheduler a worker and one, locked, for the whole process
+ * on the master. A periodic rte_timer moves a scheduler by one tick of 1 ms. A late lcore runs one tick per call of
  * rte_timer_manage(), so on a starved CPU the wheel falls behind the clock and then catches up, as DPVS's does.
  */
 #include <stdlib.h>
@@ -189,8 +189,7 @@ int dpvs_timer_init(void)
 
     rte_timer_subsystem_init();
     rte_eal_mp_remote_launch(setup_worker, NULL, SKIP_MAIN);
-    RTE_LCORE_FOREACH_WORKER(lcore)
-    {
+    RTE_LCORE_FOREACH_WORKER (lcore) {
         int err = rte_eal_wait_lcore(lcore);
         if (err < 0)
             return err;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The twin's own control, <ipc>.twin: one line in, one line of JSON out, then closed. It stands for ipvsadm and dpip, which
- * are not at hand in a continuous-integration run. A change is made on the master and, by a multicast message, on every worker,
- * since each lcore has its own services and addresses; "stats" asks the workers one by one.
+ * The twin's own control, <ipc>.twin: one line in, one line of JSON out, then closed. It stands for ipvsadm and dpip,
+ * which are not at hand in a continuous-integration run. A change is made on the master and, by a multicast message, on
+ * every worker, since each lcore has its own services and addresses; "stats" asks the workers one by one.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -282,8 +282,11 @@ static bool parse_mode(const char *text, enum dpvs_fwd_mode *mode)
     static const struct {
         const char *name;
         enum dpvs_fwd_mode mode;
-    } modes[] = {{"fnat", DPVS_FWD_MODE_FNAT}, {"dr", DPVS_FWD_MODE_DR}, {"nat", DPVS_FWD_MODE_NAT},
-                 {"tunnel", DPVS_FWD_MODE_TUNNEL}, {"snat", DPVS_FWD_MODE_SNAT}};
+    } modes[] = {{"fnat", DPVS_FWD_MODE_FNAT},
+                 {"dr", DPVS_FWD_MODE_DR},
+                 {"nat", DPVS_FWD_MODE_NAT},
+                 {"tunnel", DPVS_FWD_MODE_TUNNEL},
+                 {"snat", DPVS_FWD_MODE_SNAT}};
 
     for (size_t i = 0; i < RTE_DIM(modes); i++)
         if (!strcmp(text, modes[i].name)) {
@@ -317,9 +320,9 @@ static bool parse_pair(char **words, int n, struct command *c)
         enum op op;
         int words;
     } verbs[] = {
-        {"addr", "add", ADDR_ADD, 3},       {"addr", "del", ADDR_DEL, 3},       {"service", "add", SERVICE_ADD, 4},
-        {"service", "del", SERVICE_DEL, 4}, {"dest", "add", DEST_ADD, 6},       {"dest", "edit", DEST_EDIT, 6},
-        {"dest", "del", DEST_DEL, 5},       {"laddr", "add", LADDR_ADD, 5},     {"laddr", "del", LADDR_DEL, 5},
+        {"addr", "add", ADDR_ADD, 3},       {"addr", "del", ADDR_DEL, 3},   {"service", "add", SERVICE_ADD, 4},
+        {"service", "del", SERVICE_DEL, 4}, {"dest", "add", DEST_ADD, 6},   {"dest", "edit", DEST_EDIT, 6},
+        {"dest", "del", DEST_DEL, 5},       {"laddr", "add", LADDR_ADD, 5}, {"laddr", "del", LADDR_DEL, 5},
         {"service", "timeout", TIMEOUT, 5},
     };
     size_t i = 0;
@@ -522,8 +525,8 @@ int twinctl_init(void)
                 return EDPVS_NOMEM;
         }
     server = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (server < 0 || snprintf(addr.sun_path, sizeof(addr.sun_path), "%s.twin", dpvs_ipc_file) >=
-                          (int)sizeof(addr.sun_path))
+    if (server < 0 ||
+        snprintf(addr.sun_path, sizeof(addr.sun_path), "%s.twin", dpvs_ipc_file) >= (int)sizeof(addr.sun_path))
         return EDPVS_IO;
     unlink(addr.sun_path);
     if (bind(server, (struct sockaddr *)&addr, sizeof(addr)) < 0 || listen(server, 8) < 0)

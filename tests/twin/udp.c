@@ -13,8 +13,8 @@ static int udp_conn_sched(struct dp_vs_proto *proto __rte_unused, const struct d
     *verdict = INET_DROP;
     if (!uh)
         return EDPVS_INVPKT;
-    svc = dp_vs_service_lookup(iph->af, iph->proto, &iph->daddr, uh->dst_port, 0, mbuf, NULL,
-                               (lcoreid_t)rte_lcore_id());
+    svc =
+        dp_vs_service_lookup(iph->af, iph->proto, &iph->daddr, uh->dst_port, 0, mbuf, NULL, (lcoreid_t)rte_lcore_id());
     if (!svc) {
         *verdict = INET_ACCEPT;
         return EDPVS_NOSERV;

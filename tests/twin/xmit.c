@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Transmitters (DPVS src/ipvs/ip_vs_xmit.c). A FullNAT session learns the Ethernet addresses of both its sides from the first
- * packet of each and uses them from then on ("fast xmit"), without a route; until then, and for the rest, by route and ARP.
- * Every transmitter takes the packet over, whatever it answers.
+ * Transmitters (DPVS src/ipvs/ip_vs_xmit.c). A FullNAT session learns the Ethernet addresses of both its sides from the
+ * first packet of each and uses them from then on ("fast xmit"), without a route; until then, and for the rest, by
+ * route and ARP. Every transmitter takes the packet over, whatever it answers.
  */
 #include "twin.h"
 
