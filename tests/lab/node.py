@@ -5,7 +5,6 @@ A node is one DPVS in its own network namespace. ``twin.py`` and ``real.py`` say
 services and where its counters are read; everything else is the same, and so are the tests.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from probes.control import ControlSocket
 from probes.layout import Layout
+from replicator.admin import AdminError, ask
 from tests.lab import config
 from tests.lab.net import Network
 from tests.lab.process import LabError, Process, wait_for
@@ -220,7 +220,7 @@ class Node(ABC):
         return found
 
     # -- dpvs-probe -------------------------------------------------------------------------------------------------
-    def probe(self, *arguments: str, wait: bool = True, timeout: float = 30) -> "Attached":
+    def probe(self, *arguments: str, wait: bool = True, timeout: float = 60) -> "Attached":
         """Start ``dpvs-probe attach`` on this node, in its namespace, and wait until its admin socket answers."""
         attached = Attached(self, arguments)
         self.attached.append(attached)
@@ -269,36 +269,34 @@ class Attached:
     def alive(self) -> bool:
         return self.process.alive
 
-    def wait_ready(self, timeout: float = 30) -> None:
-        socket_path = self.node.run_directory / f"{self.node.pid}.sock"
-
+    def wait_ready(self, timeout: float = 60) -> None:
         def up() -> bool:
             if not self.process.alive:
                 raise LabError(f"{self.process.name} ended with status {self.process.status}:\n{self.process.tail()}")
-            return socket_path.exists() and self.node.command("status", "--json").returncode == 0
+            try:
+                return bool(self.status()["probe_pid"] == self.pid)
+            except AdminError:
+                return False
 
-        wait_for(f"{self.process.name} answers ({self.log})", up, timeout, 0.1)
+        wait_for(f"{self.process.name} answers ({self.log})", up, timeout)
 
-    def ask(self, command: str, *arguments: str) -> list[dict[str, Any]]:
-        """The answer of a ``dpvs-probe`` command with --json, one object a line."""
-        done = self.node.command(command, "--pid", str(self.node.pid), "--json", *arguments)
-        if done.returncode != 0:
-            raise LabError(f"dpvs-probe {command}: {done.stderr.strip()}\n{self.process.tail()}")
-        return [json.loads(line) for line in done.stdout.splitlines()]
+    def ask(self, command: str, **fields: Any) -> list[dict[str, Any]]:
+        """What the admin socket answers, which is what ``dpvs-probe COMMAND --json`` prints."""
+        return list(ask(self.node.run_directory / f"{self.node.pid}.sock", command, **fields))
 
     def status(self) -> dict[str, Any]:
         (answer,) = self.ask("status")
         return answer
 
-    def sessions(self, *arguments: str) -> list[dict[str, Any]]:
-        return self.ask("sessions", *arguments)
+    def sessions(self, **wanted: Any) -> list[dict[str, Any]]:
+        return self.ask("sessions", **wanted)
 
     def peers(self) -> list[dict[str, Any]]:
         return self.ask("peers")
 
     def tuples(self) -> set[SessionTuple]:
         """The tuples of this node's own sessions, as the table has them."""
-        rows = self.sessions("--origin", "own")
+        rows = self.sessions(origin="own")
         found = {(row["proto"], row["client"], row["virtual"], row["local"], row["real"]) for row in rows}
         if len(found) != len(rows):
             raise LabError(f"the table has {len(rows)} sessions but {len(found)} tuples")

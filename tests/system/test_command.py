@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command where something is wrong: one line that says what, one that says what to do, and the target untouched."""
 
+import json
 import os
 import signal
 import socket
@@ -148,15 +149,17 @@ class TestLife:
             connection.recv(1)
             pair.datagram(b"y")
             wait_for("two sessions", lambda: len(probe.sessions()) == 2, 3)
-            (row,) = wait_for("ESTABLISHED", lambda: probe.sessions("--state", "ESTABLISHED"), 3)
+            (row,) = wait_for("ESTABLISHED", lambda: probe.sessions(state="ESTABLISHED"), 3)
             assert row["client"] == f"{pair.plan.client}:{port}"
             assert row["virtual"] == f"{pair.plan.vip}:7"
             assert (row["origin"], row["proto"], row["mode"]) == ("own", "tcp", "FNAT")
-            assert probe.sessions("--port", str(port)) == [row]
-            assert len(probe.sessions("--proto", "udp")) == 1
-            assert len(probe.sessions("--address", pair.plan.client)) == 2
-            assert probe.sessions("--address", "203.0.113.1") == []
-            assert probe.sessions("--origin", "nobody") == []
+            assert probe.sessions(port=port) == [row]
+            assert len(probe.sessions(proto="udp")) == 1
+            assert len(probe.sessions(address=pair.plan.client)) == 2
+            assert probe.sessions(address="203.0.113.1") == []
+            assert probe.sessions(origin="nobody") == []
+            asked = pair.a.command("sessions", "--port", str(port), "--json")
+            assert [json.loads(line) for line in asked.stdout.splitlines()] == [row]
             text = pair.a.command("sessions", "--proto", "tcp").stdout.splitlines()
             assert len(text) == 2
             assert f"{pair.plan.client}:{port}" in text[1]
