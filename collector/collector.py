@@ -96,7 +96,7 @@ class Settings:
         small_slots: int = 1 << 16,
         slice_slots: int = 1 << 14,
         young_ns: int = 3 * SECOND,
-        young_each_tick: int = 1 << 14,
+        young_each_tick: int = 1 << 12,
         drain_events: int = 1 << 15,
         slice_least: int = 1 << 12,
         thorough_each: int = 8,

@@ -34,6 +34,7 @@ from .record import (
 )
 
 _WINDOW = 1 << 16  # marks looked at in one step for what a full sync owes
+_FEW = 32  # pieces of a queue that are left as they came
 _PADDING = np.uint64(0xFF)  # what of a row's last word is not padding: rubbish in it would go out to peers
 _ROW = np.dtype(f"V{RECORD.itemsize}")
 BLOCK = 2048  # rows compared at once: old, new and their difference stay in the processor's cache
@@ -114,6 +115,10 @@ class Dirty:
         self._overlap += int(np.count_nonzero(before & self._OWED))
         self._changes += len(slots)
         self._queue.append(np.array(slots, np.int64))
+        # Single changes, for a reader who is away, shall not be kept as so many arrays. Each joins ever larger ones.
+        while len(self._queue) > _FEW and len(self._queue[-1]) >= len(self._queue[-2]):
+            last = self._queue.pop()
+            self._queue.append(np.concatenate((self._queue.pop(), last)))
 
     def owe(self, present: Bools) -> None:
         """A full sync: every slot where ``present`` (one flag a slot) is to be handed out once, from slot 0 on."""

@@ -218,6 +218,18 @@ def test_what_did_not_arrive_is_given_back() -> None:
     assert (d.pending, d.owed, d.changes) == (5, 3, 2)
 
 
+def test_single_changes_for_a_reader_who_is_away_do_not_pile_up() -> None:
+    d = Dirty(20_000)
+    order = np.random.default_rng(1).permutation(20_000)
+    for number in range(len(order)):
+        d.mark(order[number : number + 1], number + 1)
+        assert d.pending == number + 1
+    assert len(d._queue) < 64
+    taken = d.claim(20_000)
+    assert taken.slots.tolist() == order.tolist()
+    assert taken.since_ns.tolist() == list(range(1, 20_001))
+
+
 @pytest.mark.parametrize("limit", [1, 3, 4, 100])
 def test_a_full_sync_gets_its_share(limit: int) -> None:
     d = Dirty(1000)
