@@ -8,6 +8,8 @@ Rules:
 - A full sync names every session the origin has (mark); what it did not name is dropped at its end (sweep).
 - A later run of a node (a newer epoch) gets a table of its own, which takes the place of the old one when its first
   full sync is in. An earlier run than one that is known is refused.
+- If the later run is of another DPVS process, the earlier one's sessions have not ended, they were lost there: this may
+  be the node that has them now. Their table stays, as after the end of a link.
 - The end of a link ends no session. Without a link, sessions are kept for as long as their own timeouts say.
 """
 
@@ -171,10 +173,14 @@ class Replicas:
         self.max_slots, self.max_origins = max_slots, max_origins
         self._current: dict[int, Replica] = {}
         self._coming: dict[int, Replica] = {}  # later runs whose first full sync is not in yet
+        self._former: list[Replica] = []  # of DPVS processes that are no more, oldest first
         self._numbers = 0
 
     def __iter__(self) -> Iterator[Replica]:
-        """All replicas: of a node that began a new run, the old one too until the new one's first full sync is in."""
+        """All replicas: of a node that began a new run, the old one too until the new one's first full sync is in, or
+        until its sessions are too old if its DPVS is no more.
+        """
+        yield from self._former
         yield from self._current.values()
         yield from self._coming.values()
 
@@ -229,6 +235,9 @@ class Replicas:
         old = self._current.get(replica.node_id)
         _disown(old, now_ns)
         self._current[replica.node_id] = replica
+        if old is not None and old.instance != replica.instance and old.count:
+            self._former.append(old)
+            del self._former[: -self.max_origins]
         return old
 
     def age(self, now_ns: int) -> None:
@@ -236,6 +245,7 @@ class Replicas:
         for replica in self:
             if replica.age(now_ns):
                 self.distrust(replica)
+        self._former = [replica for replica in self._former if replica.count]
 
     def distrust(self, replica: Replica) -> None:
         """What stands there is not what the origin believes: only a full sync puts that right."""

@@ -144,6 +144,23 @@ class TestReplicas:
         assert not first.connected
         assert replicas.synced(second, 5) is None
 
+    def test_sessions_of_a_dpvs_that_is_no_more_have_not_ended(self) -> None:
+        replicas = Replicas(ME)
+        first = replicas.open(Hello("a", 1, slots=16, instance=7), "x", 0)
+        first.put(sessions(2), 0)
+        pending(first)
+        replicas.close(first, "x", 0)
+        second = replicas.open(Hello("a", 2, slots=16, instance=8), "y", SECOND)
+        assert replicas.synced(second, SECOND) is first
+        assert list(replicas) == [first, second]
+        assert replicas.get(first.node_id) is second
+        assert (first.link_up, first.count, pending(first)) == (False, 2, [])
+        replicas.age(89 * SECOND)
+        assert list(replicas) == [first, second]
+        replicas.age(91 * SECOND)
+        assert list(replicas) == [second]
+        assert pending(first) == []
+
     def test_a_third_run_while_the_second_comes(self) -> None:
         replicas = Replicas(ME)
         replicas.open(hello(1), "x", 1)
