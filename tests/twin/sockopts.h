@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The ids of DPVS 1.10.2's control socket are positions in one list (include/conf/sockopts.h): every name has to be here.
+ * The ids of DPVS 1.10.2's control socket are positions in one list (include/conf/sockopts.h), so every name is here.
  */
 #ifndef TWIN_SOCKOPTS_H
 #define TWIN_SOCKOPTS_H
 
+// clang-format off
 #define SOCKOPT_NAMES(X)                                                                                               \
     X(SOCKOPT_SET_LADDR_ADD) X(SOCKOPT_SET_LADDR_DEL) X(SOCKOPT_SET_LADDR_FLUSH) X(SOCKOPT_GET_LADDR_GETALL)           \
     X(SOCKOPT_GET_LADDR_MAX) X(DPVSAGENT_VS_GET_LADDR) X(DPVSAGENT_VS_ADD_LADDR) X(DPVSAGENT_VS_DEL_LADDR)             \
@@ -34,6 +35,7 @@
     X(SOCKOPT_TUNNEL_REPLACE) X(SOCKOPT_TUNNEL_SHOW) X(SOCKOPT_SET_KNI_ADD) X(SOCKOPT_SET_KNI_DEL)                     \
     X(SOCKOPT_SET_KNI_FLUSH) X(SOCKOPT_GET_KNI_LIST) X(SOCKOPT_SET_IPSET) X(SOCKOPT_GET_IPSET_TEST)                    \
     X(SOCKOPT_GET_IPSET_LIST) X(SOCKOPT_SET_IFTRAF_ADD) X(SOCKOPT_SET_IFTRAF_DEL) X(SOCKOPT_GET_IFTRAF_SHOW)
+// clang-format on
 
 #define SOCKOPT_ENUMERATOR(name) name,
 enum { SOCKOPT_NAMES(SOCKOPT_ENUMERATOR) };
