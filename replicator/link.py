@@ -281,6 +281,7 @@ class Sender(Engine):
         records = self._table.rows(taken.slots)
         four = codec.is_ipv4(records)
         fresh = taken.fresh | ~told
+        compress = self._compress.on and self.peer is not None and bool(self.peer.capabilities & wire.LZ4)
         for kind, of_kind in ((IPV4, four), (IPV6, ~four)):
             for opcode, chosen in ((Opcode.CREATE, of_kind & fresh), (Opcode.UPDATE, of_kind & ~fresh)):
                 count = int(np.count_nonzero(chosen))
@@ -291,7 +292,7 @@ class Sender(Engine):
                 self.counters["created" if opcode is Opcode.CREATE else "updated"] += count
                 for part in codec.batches(kind, count, self.settings.body_bytes):
                     sequence, plain = self._sequence + 1, rows[part]
-                    frame = codec.pack_records(opcode, sequence, plain, kind, compress=self._compress.on)
+                    frame = codec.pack_records(opcode, sequence, plain, kind, compress=compress)
                     self._send(frame, _chosen(group, part), len(plain) * SIZES[kind])
 
     def _send(self, frame: Buffer, told: Taken, plain_bytes: int = 0) -> None:

@@ -97,6 +97,7 @@ class Reason(IntEnum):
     PROTOCOL = 6  # what came made no sense
     ROLE = 7  # both ends would send, or both receive
     REPLACED = 8  # a newer connection of the same origin took over
+    NOT_PROVEN = 9  # HELLO names another node than the certificate
 
 
 class SyncReason(IntEnum):
@@ -171,7 +172,7 @@ def pack(opcode: Opcode, sequence: int = 0, body: bytes = b"") -> bytes:
 
 
 def pack_hello(hello: Hello) -> bytes:
-    """A HELLO frame; the name is cut to MAX_NAME bytes never: longer ones are the caller's mistake."""
+    """A HELLO frame. Raises ValueError for a name that is empty or longer than MAX_NAME bytes: it is never cut."""
     name = hello.node.encode()
     if not 0 < len(name) <= MAX_NAME:
         raise ValueError(f"a node name has 1 to {MAX_NAME} bytes")

@@ -551,6 +551,16 @@ def test_compression_is_measured() -> None:
     assert fast.sender.counters["frames_compressed"] == 0
 
 
+def test_a_peer_that_cannot_unpack_gets_plain_frames() -> None:
+    joined = Joined(slots=1000, compress=True)
+    joined.replicas = Replicas(Hello("b", epoch=100, role=Role.RECEIVER, capabilities=0))
+    joined.put(sessions(1000))
+    joined.connect()
+    joined.quiet()
+    joined.check_equal()
+    assert joined.sender.counters["frames_compressed"] == 0
+
+
 N = 12
 
 
