@@ -10,6 +10,7 @@ Rules, each from DPVS 1.10.2, src/ctrl.c:
 * **A SET whose handler is NULL kills DPVS** (``SOCKOPT_SET_CONN`` and others). So nothing here sends any SET without
   ``SET_CONN_TOKEN``, which only ``probes/agent/client.py`` passes, after it has proven that its handler is in place.
 """
+
 import errno
 import os
 import socket

@@ -6,6 +6,7 @@ come from ``layouts/*.json``, one file per class of releases with the same struc
 that the process itself gives (its release number, the size of its session objects) and then *proven* on the live
 process (``probes.proof``) before anything relies on it. Pure: reads nothing but its own data files.
 """
+
 import json
 import re
 from collections.abc import Iterable, Mapping

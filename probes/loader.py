@@ -6,6 +6,7 @@ the governor likes. Kernel headers of the running kernel are used where there ar
 linux-libc-dev; BCC_KERNEL_SOURCE, if the user has set it, is left alone. Nothing is read by bcc afterwards: the ring
 and the counters are mapped and read as numpy arrays. What happened while the probes were off, only a scan can tell.
 """
+
 import atexit
 import importlib.util
 import mmap

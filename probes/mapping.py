@@ -7,6 +7,7 @@ process_vm_readv. Both answer to ``Memory``. Every word is read by one aligned 8
 set of words may be. ``close`` gives the pages back: a mapping must not outlive its use, as it would keep the hugepages
 of a dead process.
 """
+
 import ctypes
 import mmap
 import os

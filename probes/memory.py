@@ -9,6 +9,7 @@ flag tells (DPVS 1.10.2, src/ipvs/ip_vs_conn.c).
 A session that DPVS is just creating becomes readable here a moment after its create event: it is hashed, and its timer
 armed, only after the place where the probe fires.
 """
+
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self

@@ -7,6 +7,7 @@ that points to the pool and to the next header. Objects are one stride apart *in
 Nothing is believed before it is checked: the objects found must be exactly ``populated_size``, and the slot function
 must give every object's number back. DPDK 24.11, lib/mempool/rte_mempool.h, rte_mempool_ops_default.c.
 """
+
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -220,13 +221,15 @@ def find_objects(memory: Memory, layout: Layout, pool: Mempool) -> Addresses:
             found.append(hits[hits >= start].astype(np.uint64))
     header = np.concatenate(found)  # ascending, as the chunks are
     following_header = memory.gather(memory.locate(header), np.array([following]))[:, 0]
-    at = np.minimum(np.searchsorted(header, following_header), len(header) - 1) if len(header) else header
     linked = header == np.uint64(pool.first_header)
-    linked[at[header[at] == following_header]] = True
+    if len(header):
+        nearest = np.minimum(np.searchsorted(header, following_header), len(header) - 1)
+        linked[nearest[header[nearest] == following_header]] = True
     header = header[linked]
     if len(header) != pool.populated:
         raise PoolMismatch(f"the mempool {pool.name!r} says {pool.populated} objects, {len(header)} were found")
-    return header + np.uint64(layout.size("rte_mempool_objhdr"))
+    objects: Addresses = header + np.uint64(layout.size("rte_mempool_objhdr"))
+    return objects
 
 
 class SlotTable:

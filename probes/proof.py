@@ -7,6 +7,7 @@ a full list, which would make DPVS's workers walk their tables; DPVS restarts th
 for. Sessions move while we look: what differs is read and asked once more before it counts. Without a live session the
 checks that need one are "not yet", not "ok": prove again when there is traffic.
 """
+
 from dataclasses import dataclass
 from typing import Literal
 

@@ -8,6 +8,7 @@ mapped twice in a row, so a stretch that wraps is contiguous too. The order matt
 payload, and only then the consumer position, which gives the space back; x86 keeps loads, and a store after them, in
 program order, and each of these steps is a call of its own. What ``drain`` returns is a copy, yours to keep.
 """
+
 import mmap
 import os
 from types import TracebackType

@@ -8,6 +8,7 @@ of its function, and a register must still hold the function's first argument th
 from the first instruction to the first one that may leave the straight line, up to where the argument is overwritten or
 where something jumps back into it. A site is always the first byte of an instruction.
 """
+
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -6,6 +6,7 @@ Rules: reading only. Everything comes from /proc/PID and from the program file a
 run-time addresses of the process unless a name says ``file_offset``. A pidfd and the start time pin the process down:
 a later process with the same pid is never mistaken for it.
 """
+
 import ctypes
 import os
 import re

@@ -6,6 +6,7 @@ process named, in all its threads, and into no other process of the same program
 /proc/PID/exe, so a replaced or deleted file and another mount namespace make no difference. Closing the descriptor
 removes the breakpoint: nothing of ours stays in the process, even if we are killed. include/uapi/linux/perf_event.h.
 """
+
 import ctypes
 import errno
 import fcntl

@@ -31,6 +31,7 @@ from probes.proof import LayoutDisproved, Proof, prove
 from probes.sites import session_sites
 from probes.target import Target
 from replicator.inject import Injector
+from replicator.keys import KEYS_DIRECTORY, expiry_warning
 from replicator.link import Receiver, Sender
 from replicator.links import Links, Outbound, reach_any
 from replicator.node import Node, Parts
@@ -38,6 +39,7 @@ from replicator.replica import Replicas
 from replicator.rundir import RunDir
 from replicator.transport.address import Address, resolve
 from replicator.transport.tcp import TcpDialer, TcpListener
+from replicator.transport.tls import Tls, TlsDialer, TlsListener
 from replicator.wire import MAX_NAME, Hello, Role
 
 XMIT_MODES = {
@@ -72,6 +74,8 @@ class Options:
     layout: str | None = None
     ring_pages: int = RING_PAGES
     require_peer_s: float | None = None
+    keys: str | None = None  # directory; None: the usual one if it is there
+    insecure: bool = False
     version: str = ""
 
 
@@ -118,9 +122,10 @@ class _Attachment:
 
     async def _take_steps(self, stack: AsyncExitStack) -> Node:
         options = self._options
-        name = node_name(options.node)
         if os.geteuid() != 0:
             raise NeedRoot("attaching to another process needs root")
+        tls = credentials(options)
+        name = node_name(options.node, tls)
 
         # Look, and refuse. Nothing here changes the target.
         target = stack.enter_context(Target.open(options.pid))
@@ -135,7 +140,7 @@ class _Attachment:
         sites = session_sites(target.function)
 
         me = Hello(name, time.time_ns(), Role.SENDER, pool.slots, instance=target.start_time << 22 | target.pid)
-        dialers = [TcpDialer(peer) for peer in options.peers]
+        dialers = [TlsDialer(peer, tls) if tls else TcpDialer(peer) for peer in options.peers]
         for peer in options.peers:
             await resolve(peer)
         if options.require_peer_s is not None:
@@ -143,7 +148,9 @@ class _Attachment:
         await asyncio.sleep(0)  # signals get in between steps
         probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
         await asyncio.sleep(0)
-        listener = TcpListener(options.listen) if options.listen else None
+        listener: TcpListener | None = None
+        if options.listen:
+            listener = TlsListener(options.listen, tls) if tls else TcpListener(options.listen)
         if listener is not None:
             stack.push_async_callback(listener.close)
             await listener.start()
@@ -198,6 +205,7 @@ class _Attachment:
                     "slots": pool.slots,
                     "memory": "mapped" if pool.shared else "copied",
                     "listen": listener.address if listener else None,
+                    "links": f"TLS 1.3 as node {tls.identity.node}" if tls else "plain TCP, not protected",
                 },
                 more=lambda: _more(probes, sites, client),
             )
@@ -236,8 +244,26 @@ class Proving:
         return self.done
 
 
-def node_name(given: str | None) -> str:
-    """The name of this node; raises BadNodeName."""
+def credentials(options: Options) -> Tls | None:
+    """The keys that links are made with; None for plain TCP, which is said loudly. Raises KeysError."""
+    if not options.peers and options.listen is None:
+        return None
+    if not options.insecure and (options.keys is not None or os.path.isdir(KEYS_DIRECTORY)):
+        tls = Tls.load(options.keys or KEYS_DIRECTORY)
+        if warning := expiry_warning(tls.identity.certificate):
+            log.warning("%s", warning)
+        return tls
+    why = "--insecure" if options.insecure else f"no keys in {KEYS_DIRECTORY}; make some with `dpvs-probe keys`"
+    log.warning("links are plain TCP (%s): whoever reaches them can read and write sessions", why)
+    return None
+
+
+def node_name(given: str | None, tls: Tls | None = None) -> str:
+    """The name of this node: its certificate's, where there is one; raises BadNodeName."""
+    if tls is not None:
+        if given not in (None, tls.identity.node):
+            raise BadNodeName(f"--node {given}, but the keys are of node {tls.identity.node}")
+        given = tls.identity.node
     name = socket.gethostname() if given is None else given
     if not name or not name.isprintable() or len(name.encode(errors="replace")) > MAX_NAME or name == "own":
         raise BadNodeName(f"'{name}' cannot be a node's name")

@@ -20,6 +20,7 @@ import click
 from probes.errors import DpvsProbeError
 from replicator import render
 from replicator.admin import Line, ask
+from replicator.cli_keys import keys
 from replicator.rundir import ENVIRONMENT, RunDir
 from replicator.transport.address import parse
 
@@ -56,12 +57,15 @@ def cli() -> None:
     """
 
 
+cli.add_command(keys)
+
+
 @cli.command()
 @click.option("--pid", type=click.IntRange(min=1), required=True, help="Process id of the DPVS to attach to.")
 @click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", help="Send our sessions there; may be repeated.")
 @click.option("--listen", metavar="HOST:PORT", help="Take peers' sessions here; *:PORT listens on all addresses.")
 @click.option("--no-inject", is_flag=True, help="Keep peers' sessions in tables only: load no agent into DPVS.")
-@click.option("--node", help="Name of this node, not used by any peer; the host name by default.")
+@click.option("--node", help="Name of this node, not used by any peer; the host name if not given.")
 @run_dir_option
 @click.option("--layout", help="Use this struct layout instead of the one that fits; it is proven all the same.")
 @click.option(
@@ -72,6 +76,15 @@ def cli() -> None:
     "--require-peer", type=click.FloatRange(min=0), metavar="SECONDS",
     help="Attach only if at least one peer can be reached within this time. Without it, a peer that is not there yet"
     " is tried again and again.",
+)  # fmt: skip
+@click.option(
+    "--keys", "keys_dir", type=click.Path(file_okay=False), metavar="DIR",
+    help="Keys of this node (`dpvs-probe keys`): links are TLS 1.3 then, and the node has the name in its certificate."
+    " /etc/dpvs-probe/keys is used where it exists.",
+)  # fmt: skip
+@click.option(
+    "--insecure", is_flag=True,
+    help="Plain TCP even where there are keys: whoever reaches a link can read and write sessions. For laboratories.",
 )  # fmt: skip
 @click.option("-v", "--verbose", is_flag=True, help="Say more, with the name of the part that says it.")
 def attach(**given: Any) -> int:
@@ -86,6 +99,8 @@ def attach(**given: Any) -> int:
         raise click.BadParameter(f"{pages} is not a power of two", param_hint="--ring-pages")
     if given["require_peer"] is not None and not peers:
         raise click.UsageError("--require-peer needs a --peer")
+    if given["keys_dir"] and given["insecure"]:
+        raise click.UsageError("--keys and --insecure do not go together")
     options = Options(
         pid=given["pid"],
         peers=tuple(dict.fromkeys(parse(peer) for peer in peers)),
@@ -96,6 +111,8 @@ def attach(**given: Any) -> int:
         layout=given["layout"],
         ring_pages=pages,
         require_peer_s=given["require_peer"],
+        keys=given["keys_dir"],
+        insecure=given["insecure"],
         version=version(),
     )
     log_to_stderr(given["verbose"])

@@ -76,6 +76,7 @@ class Engine:
         self.me, self.settings = me, settings
         self.state = State.IDLE
         self.peer: Hello | None = None
+        self.proven_node: str | None = None  # what the transport has proven: HELLO must say the same
         self.counters: dict[str, int] = dict.fromkeys(self._COUNTERS, 0)
         self._reader = FrameReader()
         self._ready: list[Buffer] = []
@@ -169,6 +170,8 @@ class Engine:
             return Reason.SCHEMA, f"session records of schema {hello.schema:#010x} there, {self.me.schema:#010x} here"
         if hello.node_id == self.me.node_id:
             return Reason.SAME_NODE, f"both nodes are called '{hello.node}'"
+        if self.proven_node is not None and hello.node != self.proven_node:
+            return Reason.NOT_PROVEN, f"it says that it is '{hello.node}', its certificate says '{self.proven_node}'"
         return None
 
     def _handle(self, frame: Frame, now_ns: int) -> None:

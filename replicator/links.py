@@ -130,6 +130,7 @@ class Outbound:
                 self._trouble(str(error))
             else:
                 self._connection = connection
+                self.sender.proven_node = connection.node
                 self.sender.connected(self._clock())
                 await self._driver.drive(connection)
                 self._bytes_before += connection.bytes_sent
@@ -201,6 +202,7 @@ class _Inbound:
     def __init__(self, receiver: Receiver, connection: Connection, clock: Clock, said: set[str]) -> None:
         """``said``: complaints that were made already, shared by all links."""
         self.receiver, self.connection, self._clock, self._said = receiver, connection, clock, said
+        receiver.proven_node = connection.node
         self.node: str | None = None
         self.since_ns = clock()
         self.driver = _Driver(receiver, self._on_event, clock)

@@ -26,6 +26,7 @@ class Channel(ABC):
 
     def __init__(self, remote: str) -> None:
         self.remote = remote
+        self.node: str | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
         self._loop = asyncio.get_running_loop()

@@ -36,6 +36,7 @@ class Connection(Protocol):
     """One link with one peer, established."""
 
     remote: str
+    node: str | None  # the peer's name where the transport has proven it
     bytes_sent: int
     bytes_received: int
 

@@ -111,7 +111,7 @@ def test_version_and_help(run: Runner) -> None:
         ran = run(name, "--help")
         assert ran.status == 0
         assert f"dpvs-probe {name}" in ran.out
-    assert sorted(COMMANDS) == ["attach", "detach", "doctor", "peers", "sessions", "status"]
+    assert sorted(COMMANDS) == ["attach", "detach", "doctor", "keys", "peers", "sessions", "status"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Links with keys: two nodes of one authority replicate, and who is not of it learns nothing."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.lab.node import COMMAND
+from tests.lab.pair import Pair
+from tests.lab.process import wait_for
+
+pytestmark = [pytest.mark.needs("bpf", "agent")]
+CONNECTIONS = 20
+
+
+def keys(*arguments: str | Path) -> None:
+    subprocess.run([COMMAND, "keys", *arguments], check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    """Directory with the keys of nodes a and b of one authority, and of an a of another one."""
+    for authority in ("ours", "theirs"):
+        keys("init", "--dir", tmp_path / authority, "--name", authority)
+        for node in ("a", "b"):
+            keys("issue", node, "--dir", tmp_path / authority, "--out", tmp_path / f"{authority}-{node}")
+    return tmp_path
+
+
+def attach(pair: Pair, a_keys: Path, b_keys: Path) -> None:
+    listen = pair.sync_address("b")
+    pair.b.probe("--keys", str(b_keys), "--listen", listen)
+    pair.a.probe("--keys", str(a_keys), "--peer", listen)
+
+
+def test_sessions_cross_an_encrypted_link(pair: Pair, cluster: Path) -> None:
+    steady = pair.steady(CONNECTIONS)
+    attach(pair, cluster / "ours-a", cluster / "ours-b")
+    wait_for("all sessions injected in b", lambda: len(pair.b.sessions()) == CONNECTIONS, 20)
+    assert "TLS 1.3 as node b" in pair.b.command("status", check=True).stdout
+    pair.kill("a")
+    pair.active("b")
+    wait_for("traffic on b", lambda: pair.b.counters().active == CONNECTIONS, 20)
+    report = steady.finish()
+    assert report["alive"] == CONNECTIONS, report
+    assert report["corrupted"] == 0, report
+
+
+def test_a_node_of_another_authority_is_refused_and_tells_nothing(pair: Pair, cluster: Path) -> None:
+    steady = pair.steady(CONNECTIONS)
+    attach(pair, cluster / "theirs-a", cluster / "ours-b")
+    wait_for("a says it is not trusted", lambda: "no trust" in pair.a.attached[0].process.tail(), 10)
+    assert len(pair.b.sessions()) == 0
+    assert steady.finish()["alive"] == CONNECTIONS
+
+
+def test_a_node_without_keys_does_not_talk_to_one_with_keys(pair: Pair, cluster: Path) -> None:
+    listen = pair.sync_address("b")
+    pair.b.probe("--keys", str(cluster / "ours-b"), "--listen", listen)
+    pair.a.probe("--insecure", "--peer", listen)
+    wait_for("b says why", lambda: "does not speak TLS" in pair.b.attached[0].process.tail(), 15)
+    assert len(pair.b.sessions()) == 0
