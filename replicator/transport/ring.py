@@ -100,13 +100,18 @@ class Reader(_Side):
         """Bytes that can be read now. Raises BrokenRing."""
         return self._distance(self._words[_HEAD], self._at)
 
-    def read(self, count: int) -> bytes:
-        """The next ``count`` of the available bytes, a copy; their place is free after ``publish``."""
+    def peek(self, count: int) -> bytes:
+        """The next ``count`` of the available bytes, which stay."""
         start = self._at & (self.size - 1)
-        self._at += count
         if start + count <= self.size:
             return bytes(self._data[start : start + count])
         return b"".join((self._data[start:], self._data[: start + count - self.size]))
+
+    def read(self, count: int) -> bytes:
+        """The next ``count`` of the available bytes, a copy; their place is free after ``publish``."""
+        data = self.peek(count)
+        self._at += count
+        return data
 
     def publish(self) -> bool:
         """Give the place of what was read back; whether the writer sleeps and must be woken."""

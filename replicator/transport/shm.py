@@ -2,122 +2,131 @@
 """Between two nodes of one host: a pair of rings in memory that both have mapped.
 
 Rules
-- The dialer makes the memory (a memfd that cannot shrink any more) and one eventfd for each side, and passes them over
-  a Unix socket. Both sides make sure that the other runs as the same user.
+- The dialer makes the memory and one eventfd for each side, and passes them over a Unix socket. ``shm_setup.py`` says
+  what the listener checks.
 - A side that sleeps says so in the ring; then the other writes to its eventfd. Else nobody is disturbed.
-- The socket carries nothing after that. Its end, or the end of the process at the other side (pidfd), is the peer's.
-- What a dead peer wrote is still there: it is handed out before the loss is raised.
+- The end of the socket, or of the process at its other end (pidfd), is the peer's. What a dead peer wrote is still
+  there: it is handed out before the loss is raised.
+- Between nodes that have certificates the socket speaks TLS after the set-up. Keys are agreed there, and what goes
+  through the rings is sealed with them; the orderly end counts only if TLS says so too.
 """
 
 import asyncio
-import fcntl
 import logging
-import mmap
 import os
 import socket
-import stat
 import struct
 from collections import deque
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from .address import BadAddress, os_words, reason
+from probes.errors import DpvsProbeError
+from replicator.seal import HEADER, OFFER_BYTES, OVERHEAD, Agreement, Opener, Party, Sealer, SealError
+
+from . import shm_setup
+from .address import os_words, reason
 from .channel import READ_BYTES, Channel
 from .interface import PEER_TIMEOUT_S, CannotListen, PeerUnreachable
-from .ring import CONTROL_BYTES, BrokenRing, Reader, Writer
+from .ring import BrokenRing
+from .shm_setup import BadSetup, Shared, parse
+from .tls import Tls, TlsStream
+
+__all__ = ["RING_BYTES", "Security", "ShmConnection", "ShmDialer", "ShmListener", "parse"]
 
 RING_BYTES = 2 << 20
 PIECE_BYTES = 256 << 10  # copied before the other side, on another core, is shown it
-LEAST_RING_BYTES, MOST_RING_BYTES = 64 << 10, 64 << 20
+SEALED_BYTES = 64 << 10  # sealed at once
 MAX_WAITING = 64  # connections made and not yet taken by accept()
 MAX_SETUPS = 16
-SCHEMES = ("shm:", "unix:")
-LONGEST_PATH = 107  # sockaddr_un.sun_path, with its final zero
+PURPOSE = "shm"
 
-# What the dialer says, with three descriptors: memory, bell of the listener, bell of the dialer; and the answer to it.
-_OPEN = struct.Struct("<4sHHI4x")  # magic, version, 0, bytes of one ring
-_ANSWER = struct.Struct("<4sHH120s")  # magic, version, 0 or 1 for no, why not
-_MAGIC = b"DPSM"
-_VERSION = 1
-_CREDENTIALS = struct.Struct("3i")
-
-_CONTROL = mmap.PAGESIZE  # both rings' control words; the data of one ring and then of the other follow
+_KEYS = struct.Struct(f"<Q{OFFER_BYTES}s")  # over TLS: epoch, offer of keys
 
 log = logging.getLogger(__name__)
 
 
-class BadSetup(Exception):
-    """The other side of the socket is no node, or not one that we talk to."""
+class Security(NamedTuple):
+    """By what a node proves its name on a link, and how it is called there."""
+
+    tls: Tls
+    me: Party
 
 
-def parse(text: str) -> Path:
-    """The path in ``shm:/path`` or ``unix:/path``; raises BadAddress."""
-    how = "Write shm:/PATH, for example shm:/run/dpvs-probe/a.shm."
-    for scheme in SCHEMES:
-        if text.startswith(scheme):
-            path = text.removeprefix(scheme)
-            break
-    else:
-        raise BadAddress(f"'{text}' names no socket on this host", help_text=how)
-    if not path.startswith("/") or path.endswith("/") or "\0" in path:
-        raise BadAddress(f"'{text}': '{path}' is not the absolute path of a socket", help_text=how)
-    if len(os.fsencode(path)) > LONGEST_PATH:
-        raise BadAddress(
-            f"'{text}' is longer than the {LONGEST_PATH} bytes that a socket's path may have", help_text=how
-        )
-    return Path(path)
+class _Secured(NamedTuple):
+    """A link between nodes that have proven their names."""
 
-
-class _Shared:
-    """Memory, bells and socket of one connection, until they belong to a ShmConnection."""
-
-    def __init__(self, sock: socket.socket, memory: mmap.mmap, ring_bytes: int, bell: int, peer_bell: int) -> None:
-        self.sock, self.memory, self.ring_bytes = sock, memory, ring_bytes
-        self.bell, self.peer_bell = bell, peer_bell
+    stream: TlsStream
+    node: str
+    sealer: Sealer
+    opener: Opener
 
 
 class ShmConnection(Channel):
     """One established connection, whichever side opened it."""
 
-    def __init__(self, remote: str, shared: _Shared, pidfd: int, *, dialed: bool) -> None:
+    def __init__(
+        self, remote: str, sock: socket.socket, shared: Shared, pidfd: int, secured: _Secured | None, *, dialed: bool
+    ) -> None:
         super().__init__(remote)
-        self._memory = shared.memory
-        whole = memoryview(shared.memory)
-        rings = []
-        for which in range(2):  # the dialer writes to the first one
-            control = which * CONTROL_BYTES
-            data = _CONTROL + which * shared.ring_bytes
-            rings.append((whole[control : control + CONTROL_BYTES], whole[data : data + shared.ring_bytes]))
-        whole.release()
-        self._writer, self._reader = Writer(*rings[not dialed]), Reader(*rings[dialed])
-        self._sock, self._bell, self._peer_bell, self._pidfd = shared.sock, shared.bell, shared.peer_bell, pidfd
-        self._loop.add_reader(self._bell, self._rung)
-        self._loop.add_reader(self._sock, self._on_socket)
+        self.node = secured.node if secured else None
+        self._sock, self._shared, self._pidfd, self._secured = sock, shared, pidfd, secured
+        self._writer, self._reader = shared.rings(dialed=dialed)
+        self._plain = memoryview(bytearray(READ_BYTES + SEALED_BYTES if secured else 0))
+        self._scratch = memoryview(bytearray(SEALED_BYTES + OVERHEAD if secured else 0))
+        self._goodbye = secured is None
+        self._loop.add_reader(shared.bell, self._rung)
         if pidfd >= 0:
             self._loop.add_reader(pidfd, self._peer_gone)
+        if secured is None:
+            self._loop.add_reader(sock, self._on_socket)
+        else:
+            self._watching = asyncio.create_task(self._watch_stream(secured.stream))
+
+    # --- sending -----------------------------------------------------------------------------------------------------
 
     def _put(self, pending: deque[memoryview]) -> bool:
         took = False
         try:
             while pending:
-                room = self._writer.room()
-                if room == 0:
+                room = self._free()
+                if room <= 0:
                     self._writer.sleep()
-                    room = self._writer.room()
-                    if room == 0:
+                    room = self._free()
+                    if room <= 0:
                         break
-                piece = pending[0][: min(room, PIECE_BYTES)]
-                self._writer.write(piece)
-                if len(piece) == len(pending[0]):
-                    pending.popleft()
-                else:
-                    pending[0] = pending[0][len(piece) :]
                 took = True
-                if (self._writer.unseen >= PIECE_BYTES or len(piece) == room or not pending) and self._writer.publish():
+                full = self._write(pending, room)
+                if (full or self._writer.unseen >= PIECE_BYTES or not pending) and self._writer.publish():
                     self._ring()
-        except BrokenRing as error:
+        except (BrokenRing, DpvsProbeError) as error:
             self._lose(str(error))
         return took
+
+    def _free(self) -> int:
+        """Bytes that can be sent now."""
+        room = self._writer.room()
+        return room if self._secured is None else min(room - OVERHEAD, SEALED_BYTES)
+
+    def _write(self, pending: deque[memoryview], room: int) -> bool:
+        """Move what fits into the ring; whether it is full."""
+        if self._secured is None:
+            piece = _cut(pending, min(room, PIECE_BYTES))
+            self._writer.write(piece)
+            return len(piece) == room
+        pieces = []
+        while pending and room:
+            pieces.append(_cut(pending, room))
+            room -= len(pieces[-1])
+        size = self._secured.sealer.seal_into(pieces[0] if len(pieces) == 1 else b"".join(pieces), self._scratch)
+        self._writer.write(self._scratch[:size])
+        return room == 0
+
+    async def _end(self) -> None:
+        if self._writer.end():
+            self._ring()
+
+    # --- receiving ---------------------------------------------------------------------------------------------------
 
     def _take(self) -> bytes:
         try:
@@ -125,50 +134,49 @@ class ShmConnection(Channel):
             if count == 0:
                 self._reader.sleep()
                 count = self._reader.available()
-        except BrokenRing as error:
+            if count == 0:
+                return b""
+            data = self._read(count) if self._secured is None else self._open(count, self._secured.opener)
+        except (BrokenRing, DpvsProbeError) as error:
             self._lose(str(error))
             return b""
-        if count == 0:
-            return b""
-        data = self._reader.read(min(count, READ_BYTES))
         if self._reader.publish():
             self._ring()
         return data
 
+    def _read(self, count: int) -> bytes:
+        return self._reader.read(min(count, READ_BYTES))
+
+    def _open(self, count: int, opener: Opener) -> bytes:
+        """Sealed pieces lie in the ring one after the other, each of them whole once it is seen."""
+        at = 0
+        while count and at < READ_BYTES:
+            size = OVERHEAD + int.from_bytes(self._reader.peek(4), "little") if count >= HEADER.size else 0
+            if not OVERHEAD < size <= min(count, len(self._scratch)):
+                raise BrokenRing(f"a sealed piece of {size} bytes among {count}")
+            at += opener.open_into(self._reader.read(size), self._plain[at:])
+            count -= size
+        return bytes(self._plain[:at])
+
     def _finished(self) -> bool:
         # In this order: what was written before the end is there once the end is seen.
-        return self._reader.ended and self._reader.at_end()
+        return self._goodbye and self._reader.ended and self._reader.at_end()
 
-    async def _end(self) -> None:
-        if self._writer.end():
-            self._ring()
-
-    def _release(self) -> None:
-        self._unwatch()
-        self._loop.remove_reader(self._bell)
-        self._writer.release()
-        self._reader.release()
-        self._memory.close()
-        self._sock.close()
-        for descriptor in (self._bell, self._peer_bell):
-            os.close(descriptor)
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
+    # --- waking, and the end -----------------------------------------------------------------------------------------
 
     def _ring(self) -> None:
         with suppress(BlockingIOError):  # it has been rung 2^64 - 2 times and not heard yet: it is awake
-            os.eventfd_write(self._peer_bell, 1)
+            os.eventfd_write(self._shared.peer_bell, 1)
 
     def _rung(self) -> None:
         with suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
+            os.eventfd_read(self._shared.bell)
         self._wake()
 
     def _on_socket(self) -> None:
         try:
             if self._sock.recv(1):
-                self._unwatch()
-                self._lose("it speaks where it should not")
+                self._peer_gone("it speaks where it should not")
                 return
         except BlockingIOError:
             return
@@ -176,21 +184,58 @@ class ShmConnection(Channel):
             log.debug("socket of %s: %s", self.remote, reason(error))
         self._peer_gone()
 
-    def _peer_gone(self) -> None:
-        self._unwatch()
-        self._lose("closed by the peer" if self._reader.ended else "the peer has ended")
+    async def _watch_stream(self, stream: TlsStream) -> None:
+        why = "the peer has ended"
+        try:
+            if await stream.read(1):
+                why = "it speaks where it should not"
+            else:
+                self._goodbye = True
+        except OSError as error:
+            log.debug("stream of %s: %s", self.remote, reason(error))
+        self._peer_gone(why)
+
+    def _peer_gone(self, why: str = "the peer has ended") -> None:
+        if not self._released:
+            self._unwatch()
+            self._lose(why)
 
     def _unwatch(self) -> None:
-        self._loop.remove_reader(self._sock)
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
+        if self._secured is None:
+            self._loop.remove_reader(self._sock)
+
+    def _release(self) -> None:
+        self._unwatch()
+        self._loop.remove_reader(self._shared.bell)
+        if self._secured is not None:
+            self._watching.cancel()
+            self._secured.stream.close()
+        else:
+            self._sock.close()
+        self._writer.release()
+        self._reader.release()
+        self._shared.memory.close()
+        for descriptor in (self._shared.bell, self._shared.peer_bell):
+            os.close(descriptor)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
 
 
 class ShmDialer:
     """Makes connections to the node that listens at a path."""
 
-    def __init__(self, path: Path, timeout_s: float = PEER_TIMEOUT_S, ring_bytes: int = RING_BYTES) -> None:
-        self._path, self._timeout_s, self._ring_bytes = path, timeout_s, ring_bytes
+    def __init__(
+        self,
+        path: Path,
+        security: Security | None = None,
+        *,
+        timeout_s: float = PEER_TIMEOUT_S,
+        ring_bytes: int = RING_BYTES,
+    ) -> None:
+        self._path, self._security = path, security
+        self._timeout_s, self._ring_bytes = timeout_s, ring_bytes
         self.address = f"shm:{path}"
 
     async def dial(self) -> ShmConnection:
@@ -198,37 +243,33 @@ class ShmDialer:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._dial()
-        except (OSError, BadSetup) as error:
+        except (OSError, BadSetup, SealError) as error:
             raise PeerUnreachable(f"cannot reach peer {self.address}: {reason(error)}") from error
 
     async def _dial(self) -> ShmConnection:
         loop = asyncio.get_running_loop()
-        with ExitStack() as undo, ExitStack() as here:
+        with ExitStack() as undo:
             sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             sock.setblocking(False)
             await loop.sock_connect(sock, os.fspath(self._path))
-            pid = _peer(sock)
-            memfd = _owned(_make_memory(self._ring_bytes), here)  # a mapping stays without its descriptor
-            memory = undo.enter_context(mmap.mmap(memfd, _CONTROL + 2 * self._ring_bytes))
-            bells = [_owned(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), undo) for _ in range(2)]
-            opening = _OPEN.pack(_MAGIC, _VERSION, 0, self._ring_bytes)
-            socket.send_fds(sock, [opening], [memfd, *bells])  # small: a socket just connected takes it at once
+            pid = shm_setup.peer_of(sock)
+            shared = shm_setup.offer(sock, self._ring_bytes, undo, sealed=self._security is not None)
             # Who answers was alive until then, so that this is its pidfd and not of a later process.
-            pidfd = _pidfd(pid, undo)
-            _read_answer(await loop.sock_recv(sock, _ANSWER.size))
+            pidfd = shm_setup.watch(pid, undo)
+            shm_setup.read_answer(await loop.sock_recv(sock, shm_setup.ANSWER.size))
+            secured = await _secure(sock, self._security, undo, dialed=True) if self._security else None
             undo.pop_all()
-        shared = _Shared(sock, memory, self._ring_bytes, bell=bells[1], peer_bell=bells[0])
-        return ShmConnection(self.address, shared, pidfd, dialed=True)
+        return ShmConnection(self.address, sock, shared, pidfd, secured, dialed=True)
 
 
 class ShmListener:
     """Takes connections at a path."""
 
-    def __init__(self, path: Path, timeout_s: float = PEER_TIMEOUT_S) -> None:
-        self._path, self._timeout_s = path, timeout_s
+    def __init__(self, path: Path, security: Security | None = None, *, timeout_s: float = PEER_TIMEOUT_S) -> None:
+        self._path, self._security, self._timeout_s = path, security, timeout_s
         self.address = f"shm:{path}"
         self._undo = ExitStack()
-        self._listening: socket.socket | None = None
+        self._socket: socket.socket | None = None
         self._open = False
         self._waiting: asyncio.Queue[ShmConnection] = asyncio.Queue(MAX_WAITING)
         self._setups: set[asyncio.Task[None]] = set()
@@ -237,37 +278,26 @@ class ShmListener:
         """Take the address, let nobody in yet. Raises CannotListen."""
         try:
             with ExitStack() as undo:
-                _lock(self._path, undo)
-                _remove_leftover(self._path)
-                listening = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-                listening.setblocking(False)
-                before = os.umask(0o177)  # the socket is born 0600; nothing else of ours runs between these two lines
-                try:
-                    listening.bind(os.fspath(self._path))
-                finally:
-                    os.umask(before)
-                undo.callback(self._path.unlink, missing_ok=True)
+                self._socket = shm_setup.bind(self._path, undo)
                 self._undo = undo.pop_all()
         except OSError as error:
-            how = "Give --listen a path in a directory that exists and is ours, or another name."
             why = os_words(error.errno) if error.errno else error.strerror
-            message = f"cannot listen on {self.address}: {why}"
-            raise CannotListen(message, help_text=how) from error
-        self._listening = listening
+            how = "Give --listen a path in a directory that exists and is ours, or another name."
+            raise CannotListen(f"cannot listen on {self.address}: {why}", help_text=how) from error
 
     async def accept(self) -> ShmConnection:
         """The next peer that dialled us; the first call opens the door."""
-        if self._listening is not None and not self._open:
+        if self._socket is not None and not self._open:
             self._open = True
-            self._listening.listen(MAX_WAITING)
-            asyncio.get_running_loop().add_reader(self._listening, self._arrived)
+            self._socket.listen(MAX_WAITING)
+            asyncio.get_running_loop().add_reader(self._socket, self._arrived)
         return await self._waiting.get()
 
     async def close(self) -> None:
         """Listen no more; connections that were accepted live on, those never taken are dropped."""
-        if self._listening is not None:
-            asyncio.get_running_loop().remove_reader(self._listening)
-            self._listening = None
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket = None
         self._undo.close()
         for task in self._setups:
             task.cancel()
@@ -276,9 +306,9 @@ class ShmListener:
             await self._waiting.get_nowait().close()
 
     def _arrived(self) -> None:
-        assert self._listening is not None
+        assert self._socket is not None
         try:
-            sock, _ = self._listening.accept()
+            sock, _ = self._socket.accept()
         except OSError as error:
             log.debug("connection lost at once: %s", reason(error))
             return
@@ -291,95 +321,56 @@ class ShmListener:
         task.add_done_callback(self._setups.discard)
 
     async def _set_up(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                connection = await self._answer(sock)
+        except (BadSetup, SealError) as error:
+            log.warning("connection on %s refused: %s", self.address, error)
+        except OSError as error:
+            log.debug("connection on %s lost while it was set up: %s", self.address, reason(error))
+        else:
+            if self._socket is None or self._waiting.full():
+                await connection.close()
+            else:
+                self._waiting.put_nowait(connection)
+
+    async def _answer(self, sock: socket.socket) -> ShmConnection:
         with ExitStack() as undo:
             undo.enter_context(sock)
-            sock.setblocking(False)
             try:
-                pid = _peer(sock)
-                async with asyncio.timeout(self._timeout_s):
-                    await _readable(sock)
-                shared = _read_opening(sock, undo)
-                # Whose socket still takes our answer below was alive until then: the pidfd is not of a later process.
-                pidfd = _pidfd(pid, undo)
-                sock.send(_ANSWER.pack(_MAGIC, _VERSION, 0, b""))
+                pid = shm_setup.peer_of(sock)
+                await _readable(sock)
+                shared = shm_setup.take(sock, undo, sealed=self._security is not None)
             except BadSetup as error:
-                log.warning("connection on %s refused: %s", self.address, error)
                 with suppress(OSError):
-                    sock.send(_ANSWER.pack(_MAGIC, _VERSION, 1, str(error).encode()[:120]))
-                return
-            except OSError as error:
-                log.debug("connection on %s lost while it was set up: %s", self.address, reason(error))
-                return
+                    sock.send(shm_setup.answer(str(error)))
+                raise
+            # Whose socket still takes our answer was alive until then: the pidfd is not of a later process.
+            pidfd = shm_setup.watch(pid, undo)
+            sock.send(shm_setup.answer())
+            secured = await _secure(sock, self._security, undo, dialed=False) if self._security else None
             undo.pop_all()
-        connection = ShmConnection(f"{self.address} (pid {pid})", shared, pidfd, dialed=False)
-        if self._listening is None or self._waiting.full():
-            await connection.close()
-        else:
-            self._waiting.put_nowait(connection)
+        return ShmConnection(f"{self.address} (pid {pid})", sock, shared, pidfd, secured, dialed=False)
 
 
-def _make_memory(ring_bytes: int) -> int:
-    memfd = os.memfd_create("dpvs-probe-link", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(memfd, _CONTROL + 2 * ring_bytes)
-    fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    return memfd
-
-
-def _read_opening(sock: socket.socket, undo: ExitStack) -> _Shared:
-    """What a dialer sends first, all of it checked. Raises BadSetup."""
-    message, descriptors, flags, _ = socket.recv_fds(sock, _OPEN.size + 1, 3)
-    with ExitStack() as here:
-        for descriptor in descriptors:
-            _owned(descriptor, undo if descriptor in descriptors[1:] else here)
-        if len(message) != _OPEN.size or not message.startswith(_MAGIC):
-            raise BadSetup("this is no set-up of a link")
-        _, version, _, ring_bytes = _OPEN.unpack(message)
-        if version != _VERSION:
-            raise BadSetup(f"version {version} of the set-up, {_VERSION} is spoken here")
-        if not LEAST_RING_BYTES <= ring_bytes <= MOST_RING_BYTES or ring_bytes & (ring_bytes - 1):
-            raise BadSetup(f"a ring of {ring_bytes} bytes")
-        if len(descriptors) != 3 or flags & socket.MSG_CTRUNC:
-            raise BadSetup(f"{len(descriptors)} descriptors")
-        memfd, bell, peer_bell = descriptors
-        for descriptor in (bell, peer_bell):
-            if os.readlink(f"/proc/self/fd/{descriptor}") != "anon_inode:[eventfd]":
-                raise BadSetup("what should be an eventfd is none")
-            os.set_blocking(descriptor, False)
-        size = _CONTROL + 2 * ring_bytes
-        try:
-            seals = fcntl.fcntl(memfd, fcntl.F_GET_SEALS)
-            if not seals & fcntl.F_SEAL_SHRINK or os.fstat(memfd).st_size != size:
-                raise BadSetup("memory of another size, or that can shrink")
-            memory = undo.enter_context(mmap.mmap(memfd, size))
-        except OSError as error:
-            raise BadSetup("what should be memory is none") from error
-        return _Shared(sock, memory, ring_bytes, bell, peer_bell)
-
-
-def _read_answer(message: bytes) -> None:
-    if len(message) != _ANSWER.size or not message.startswith(_MAGIC):
-        raise BadSetup("closed while the link was set up" if not message else "who listens there is no node")
-    _, _, refused, why = _ANSWER.unpack(message)
-    if refused:
-        raise BadSetup(f"refused: {why.rstrip(bytes(1)).decode(errors='replace')}")
-
-
-def _peer(sock: socket.socket) -> int:
-    """Process id at the other end, 0 when it has none that we could see; raises BadSetup for another user's."""
-    pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    if uid != os.geteuid():
-        raise BadSetup(f"it runs as user {uid}, we as user {os.geteuid()}")
-    return int(pid)
-
-
-def _pidfd(pid: int, undo: ExitStack) -> int:
-    """-1 when the process is of another pid namespace; then only its socket tells of its end."""
-    return _owned(os.pidfd_open(pid), undo) if pid > 0 else -1
-
-
-def _owned(descriptor: int, undo: ExitStack) -> int:
-    undo.callback(os.close, descriptor)
-    return descriptor
+async def _secure(sock: socket.socket, security: Security, undo: ExitStack, *, dialed: bool) -> _Secured:
+    """TLS on the socket, which belongs to the stream from now on; keys agreed there. Raises OSError or SealError."""
+    context = security.tls.dialing if dialed else security.tls.listening
+    _, stream = await asyncio.get_running_loop().create_connection(lambda: TlsStream(context, dial=dialed), sock=sock)
+    undo.callback(stream.transport.abort)
+    node = await stream.ready
+    agreement = Agreement(security.me, dialed=dialed, purpose=PURPOSE)
+    stream.write(_KEYS.pack(security.me.epoch, agreement.offer))
+    await stream.drain()
+    answer = b""
+    while len(answer) < _KEYS.size:
+        piece = await stream.read(_KEYS.size - len(answer))
+        if not piece:
+            raise ConnectionError("closed while keys were agreed")
+        answer += piece
+    epoch, offer = _KEYS.unpack(answer)
+    return _Secured(stream, node, *agreement.complete(offer, Party(node, epoch)))
 
 
 async def _readable(sock: socket.socket) -> None:
@@ -397,30 +388,10 @@ async def _readable(sock: socket.socket) -> None:
         loop.remove_reader(sock)
 
 
-def _lock(path: Path, undo: ExitStack) -> None:
-    """Of two that listen at one path the second finds out here, and a leftover is told from a live socket."""
-    lock = _owned(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), undo)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(0, "another node listens there") from None
-
-
-def _remove_leftover(path: Path) -> None:
-    """Remove the socket of one that died; anything else stays, and is an error."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise OSError(0, "what is there is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except OSError as error:
-            raise OSError(0, os_words(error.errno or 0)) from error
-    raise OSError(0, "another program listens there")
+def _cut(pending: deque[memoryview], most: int) -> memoryview:
+    """Take up to ``most`` bytes from the left."""
+    first = pending[0]
+    if len(first) <= most:
+        return pending.popleft()
+    pending[0] = first[most:]
+    return first[:most]
