@@ -101,24 +101,36 @@ class Dirty:
         if len(slots) == 0:
             return
         before = self._marks[slots]
-        self._marks[slots] = before | np.where(fresh, np.uint8(self._CHANGE | self._FRESH), np.uint8(self._CHANGE))
-        since = np.broadcast_to(np.asarray(since_ns, np.int64), slots.shape)
-        waits = (before & self._CHANGE) != 0
-        if waits.any():
-            again = slots[waits]
-            self._since_ns[again] = np.minimum(self._since_ns[again], since[waits])
-            added = ~waits
-            slots, since, before = slots[added], since[added], before[added]
+        kinds: Bytes | np.uint8
+        if isinstance(fresh, np.ndarray):
+            kinds = fresh.view(np.uint8) * np.uint8(self._FRESH) + np.uint8(self._CHANGE)
+        else:
+            kinds = np.uint8(self._CHANGE | self._FRESH * fresh)
+        if not before.any():  # nothing waits: the common case, worth a short cut
+            self._marks[slots] = kinds
+            self._since_ns[slots] = since_ns
+        else:
+            self._marks[slots] = before | kinds
+            slots = self._mark_again(slots, before, since_ns)
             if len(slots) == 0:
                 return
-        self._since_ns[slots] = since
-        self._overlap += int(np.count_nonzero(before & self._OWED))
         self._changes += len(slots)
         self._queue.append(np.array(slots, np.int64))
         # Single changes, for a reader who is away, shall not be kept as so many arrays. Each joins ever larger ones.
         while len(self._queue) > _FEW and len(self._queue[-1]) >= len(self._queue[-2]):
             last = self._queue.pop()
             self._queue.append(np.concatenate((self._queue.pop(), last)))
+
+    def _mark_again(self, slots: Slots, before: Bytes, since_ns: Times | int) -> Slots:
+        """Some slots carry marks already; those that are not in the queue yet."""
+        since = np.broadcast_to(np.asarray(since_ns, np.int64), slots.shape)
+        waits = (before & self._CHANGE) != 0
+        again: Slots = slots[waits]
+        added: Slots = slots[~waits]
+        self._since_ns[again] = np.minimum(self._since_ns[again], since[waits])
+        self._since_ns[added] = since[~waits]
+        self._overlap += int(np.count_nonzero(before[~waits] & self._OWED))
+        return added
 
     def owe(self, present: Bools) -> None:
         """A full sync: every slot where ``present`` (one flag a slot) is to be handed out once, from slot 0 on."""

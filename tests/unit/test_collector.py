@@ -498,5 +498,5 @@ class Histories(RuleBasedStateMachine):
             assert self.seen.setdefault(key, (tuple_bytes, 0))[0] == tuple_bytes
 
 
-Histories.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+Histories.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 TestHistories = Histories.TestCase

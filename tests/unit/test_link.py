@@ -664,5 +664,5 @@ class Links(RuleBasedStateMachine):
         self.quiet()
 
 
-Links.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Links.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestLinks = Links.TestCase

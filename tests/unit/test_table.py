@@ -307,11 +307,11 @@ class Marks(RuleBasedStateMachine):
         assert self.d.pending == len(self.changes.keys() | self.owed)
 
 
-Marks.TestCase.settings = settings(max_examples=200, deadline=None)
+Marks.TestCase.settings = settings(max_examples=100, deadline=None)
 TestMarks = Marks.TestCase
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.lists(
