@@ -83,7 +83,8 @@ class Settings:
     established_timeout_s: int = 90
     pool: int = 65536
     memory_mib: int = 256
-    poll: bool = False
+    poll: bool = False  # the twin spins as DPVS does
+    sanitized: bool = False  # the twin and the agent with address and undefined-behaviour sanitizers
     timeouts: dict[str, int] = field(default_factory=dict)
 
 
@@ -228,6 +229,10 @@ class Node(ABC):
             attached.wait_ready(timeout)
         return attached
 
+    def attach_command(self) -> list[str | Path]:
+        """The program that ``probe`` starts."""
+        return [COMMAND]
+
     def command(self, *arguments: str, check: bool = False, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
         """Run one ``dpvs-probe`` command in this node's namespace, to its end."""
         return subprocess.run(
@@ -254,7 +259,7 @@ class Attached:
         self.log = node.directory / f"probe-{number}.log"
         self.process = Process(
             f"dpvs-probe on node {node.name}",
-            [COMMAND, "attach", "--pid", str(node.pid), "--node", node.name, *arguments],
+            [*node.attach_command(), "attach", "--pid", str(node.pid), "--node", node.name, *arguments],
             self.log,
             enter=node.network.enter_in_child(node.name),
             env={"DPVS_PROBE_RUNDIR": str(node.run_directory)},

@@ -3,23 +3,52 @@
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from tests.available import TWIN
+from tests.available import ROOT, TWIN
 from tests.lab.node import Counters, Node, RealServer, Service
 from tests.lab.process import LabError
 
 REPLY_S = 30.0
+SANITIZED_TWIN = TWIN.with_name("dpvs-twin-asan")
+SANITIZED_AGENT = TWIN.with_name("agent-asan.so")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+_ATTACH_WITH_AGENT = (
+    "import sys; from pathlib import Path; from probes.agent import loading; loading.LIBRARY = Path(sys.argv.pop(1));"
+    "from replicator.cli import main; main()"
+)
+
+
+def build_sanitized() -> None:
+    """Build what ``Settings(sanitized=True)`` runs; make does what is to be done only."""
+    agent = ROOT / "probes" / "agent"
+    commands: list[list[str | Path]] = [
+        ["make", "-s", "-C", ROOT / "tests" / "twin", f"OUT={TWIN.parent}", "SANITIZE=1"],
+        ["cc", "-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror", *SANITIZERS,
+         "-o", SANITIZED_AGENT, *sorted(agent.glob("*.c"))],
+    ]  # fmt: skip
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise LabError(f"{command[0]} failed:\n{done.stdout}{done.stderr}")
 
 
 class TwinNode(Node):
     kind = "twin"
 
     def program(self) -> Path:
-        if not TWIN.exists():
+        program = SANITIZED_TWIN if self.settings.sanitized else TWIN
+        if not program.exists():
             raise LabError("the twin is not built: run ./scripts/setup")
-        return TWIN
+        return program
+
+    def attach_command(self) -> list[str | Path]:
+        if self.settings.sanitized:
+            return [sys.executable, "-c", _ATTACH_WITH_AGENT, SANITIZED_AGENT]
+        return super().attach_command()
 
     def environment(self) -> dict[str, str]:
         return {"TWIN_POLL": "1" if self.settings.poll else "0"}

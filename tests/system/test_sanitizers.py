@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The twin and the agent in it, both built with address and undefined-behaviour sanitizers, do what they always do."""
+
+import random
+
+import numpy as np
+import pytest
+
+from collector.record import RECORD
+from probes.agent import abi
+from probes.agent.client import AgentClient, Door
+from probes.target import Target
+from tests.lab.churn import Churn
+from tests.lab.node import Node
+from tests.lab.pair import Pair
+from tests.lab.process import wait_for
+from tests.lab.twin import build_sanitized
+
+pytestmark = [pytest.mark.needs("bpf", "agent", "twin"), pytest.mark.slow, pytest.mark.timeout(600)]
+CONNECTIONS = 20
+COMPLAINTS = ("AddressSanitizer", "runtime error", "UndefinedBehaviorSanitizer")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    build_sanitized()
+
+
+def assert_clean(node: Node) -> None:
+    said = (node.directory / "dpvs.out").read_text(errors="replace")
+    assert not [word for word in COMPLAINTS if word in said], said[-4000:]
+
+
+def nonsense(node: Node, requests: int) -> None:
+    """Hand the agent records that are none, and requests that are none."""
+    rng = random.Random(7)
+    with Target.open(node.pid) as target:
+        door = Door.find(target)
+        assert door is not None
+        client = AgentClient(target, node.layout, node.control, door)
+        for _ in range(requests):
+            count = rng.randint(1, abi.MAX_RECORDS)
+            records = np.frombuffer(rng.randbytes(count * RECORD.itemsize), RECORD).copy()
+            records["af"] = records["af_out"] = 2
+            records["proto"], records["fwdmode"] = 6, 5
+            ops = np.frombuffer(rng.randbytes(count), np.uint8) % 3
+            request = client.submit(ops.astype(np.uint8), records)
+            wait_for("results", lambda request=request: client.results(request) is not None, 10)  # type: ignore[misc]
+        client.hello()
+
+
+@pytest.mark.pair(sanitized=True, workers=2)
+def test_a_failover_with_churn_and_nonsense(pair: Pair) -> None:
+    pair.replicate(both=True)
+    steady = pair.steady(CONNECTIONS)
+    with Churn(pair.network.path("client"), pair.plan.vip, 7) as churn:
+        for _ in range(5):
+            churn.open(40)
+            churn.close(30)
+        nonsense(pair.b, 30)
+        churn.close(1000, ("close",))
+    wait_for("copies in b", lambda: len(pair.b.sessions()) >= CONNECTIONS, 20)
+    pair.kill("a")
+    pair.active("b")
+    wait_for("traffic on b", lambda: pair.b.counters().active == CONNECTIONS, 30)
+    report = steady.finish()
+    assert report["alive"] == CONNECTIONS, report
+    assert report["corrupted"] == 0, report
+    assert pair.b.attached[0].stop() == 0
+    wait_for("b counts nothing any more", lambda: pair.b.counters().idle, 90, 0.5)
+    assert pair.b.alive
+    assert_clean(pair.b)
+    assert_clean(pair.a)
