@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 from collector.collector import Collector
@@ -139,7 +140,7 @@ class _Attachment:
         proving.first()
         sites = session_sites(target.function)
 
-        me = Hello(name, time.time_ns(), Role.SENDER, pool.slots, instance=target.start_time << 22 | target.pid)
+        me = Hello(name, time.time_ns(), Role.SENDER, pool.slots, instance=instance_of(target))
         dialers = [TlsDialer(peer, tls) if tls else TcpDialer(peer) for peer in options.peers]
         for peer in options.peers:
             await resolve(peer)
@@ -242,6 +243,13 @@ class Proving:
             self.done = True
             log.info("layout %s proven on %d live sessions", self._layout.name, proof.sampled)
         return self.done
+
+
+def instance_of(target: Target) -> int:
+    """64 bits that name this very process for ever: pid and start time repeat after a reboot, the boot's id does not."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        name = f"{file.read().strip()} {target.start_time} {target.pid}"
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def credentials(options: Options) -> Tls | None:
