@@ -167,15 +167,12 @@ class RdmaListener:
         self._waiting: asyncio.Queue[SlotConnection | CannotListen] = asyncio.Queue(MAX_WAITING)
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = False
-
-    @property
-    def address(self) -> str:
-        """Of the stream that connections are set up over."""
-        return self._stream.address
+        self.address = stream.address
 
     async def start(self) -> None:
         """Take the address, let nobody in yet. Raises CannotListen."""
         await self._stream.start()
+        self.address = self._stream.address
 
     async def accept(self) -> SlotConnection:
         """The next peer that dialled us; the first call opens the door. Raises CannotListen."""

