@@ -246,7 +246,7 @@ class Proving:
 
 
 def instance_of(target: Target) -> int:
-    """64 bits that name this very process for ever: pid and start time repeat after a reboot, the boot's id does not."""
+    """64 bits that name this very process: pid and start time may repeat after a reboot, a boot id does not."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         name = f"{file.read().strip()} {target.start_time} {target.pid}"
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
