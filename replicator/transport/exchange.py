@@ -3,9 +3,9 @@
 
 Rules: a message is magic u32, version u8, kind u8, length u16, little-endian, and a body whose length its kind fixes or
 bounds; nothing longer is stored. The dialer sends OFFER, the listener ANSWER, the dialer READY; either may send REFUSE
-with a reason instead. After that both send a BEAT each second until the end, and a BYE with the number of slots they
-wrote when they close in order. The stream is authenticated and encrypted by whoever opened it, and with it all that is
-said here. Nothing here reads or waits.
+with a reason instead. After that both send a BEAT every half second until the end, and a BYE with the number of slots
+they wrote when they close in order. The stream is authenticated and encrypted by whoever opened it, and with it all
+that is said here. Nothing here reads or waits.
 """
 
 import struct

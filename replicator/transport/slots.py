@@ -28,7 +28,9 @@ from .channel import READ_BYTES, Channel
 from .exchange import BadSetup, Kind, Messages, pack, pack_bye, parse_bye
 from .interface import PEER_TIMEOUT_S, Connection, LinkLost
 
-BEAT_S = 1.0
+TICK_S = 0.25
+BEAT_TICKS = 2  # between two beats of ours
+SILENT_TICKS = 11  # without one of the peer's: it is lost, a quarter of a second before PEER_TIMEOUT_S
 CREDIT = 1 << 31  # in an immediate word: the rest is a count of slots, else it is the length of one
 CREDITS_OUT = 4  # written and not yet taken by the device
 
@@ -95,7 +97,7 @@ class SlotConnection(Channel):
         self.stream = stream
         self.node: str | None = getattr(stream, "node", None)  # the peer's name, where the stream has proven it
         self._messages = messages or Messages()
-        self._missed = 0
+        self._silent = 0  # ticks since the peer's last beat
         self._queue = queue
         self._seals = seals
         self._room_bytes = queue.peer_slot_bytes - (OVERHEAD if seals else 0)
@@ -255,7 +257,7 @@ class SlotConnection(Channel):
     # --- the stream --------------------------------------------------------------------------------------------------
 
     async def _watch_stream(self) -> None:
-        """Until the connection ends: a beat each second, and the peer's beats."""
+        """Until the connection ends: our beats, and the peer's."""
         why = "the peer has ended"
         try:
             async with asyncio.TaskGroup() as group:
@@ -275,11 +277,12 @@ class SlotConnection(Channel):
     async def _beat(self) -> None:
         # Turns of this loop are counted, not seconds: one that was held up itself has not looked for what came either.
         while True:
-            self._missed += 1
-            if self._missed >= PEER_TIMEOUT_S / BEAT_S:
-                raise TimeoutError
             await self.stream.send([pack(Kind.BEAT)])
-            await asyncio.sleep(BEAT_S)
+            for _ in range(BEAT_TICKS):
+                await asyncio.sleep(TICK_S)
+                self._silent += 1
+                if self._silent >= SILENT_TICKS:
+                    raise TimeoutError
 
     async def _listen(self) -> None:
         while True:
@@ -288,7 +291,7 @@ class SlotConnection(Channel):
                     self._end_at = parse_bye(message.body)
                 elif message.kind is not Kind.BEAT:
                     raise BadSetup(f"{message.kind.name} on a connection that is set up")
-                self._missed = 0
+                self._silent = 0
             data = await self.stream.receive()
             if not data:
                 raise EOFError
