@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from collector.record import AF_INET, AF_INET6, RECORD, TCP, Records
 from replicator.placement import MAX_PEERS, PLACES, BadPlacement, Placement, hashes, places
 
+ROOT = Path(__file__).parents[2]
 NAMES = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), min_size=2, max_size=9, unique=True)
 
 
@@ -62,7 +64,9 @@ def test_the_same_in_another_process() -> None:
         "print(Placement(['a', 'b', 'c'], 1).masks(SESSIONS).sum(), int(hashes(SESSIONS).sum()))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "77"}
-    there = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    there = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
     here = f"{Placement(['c', 'a', 'b'], 1).masks(SESSIONS).sum()} {int(hashes(SESSIONS).sum())}"
     assert there.stdout.strip() == here
 
