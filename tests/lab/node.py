@@ -28,6 +28,7 @@ from tests.lab.process import LabError, Process, wait_for
 from tests.lab.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
+CONTROL_S = 30.0  # polling nodes may share a CPU
 LAYOUT = "1.10.2"
 PROTOCOLS = {6: "tcp", 17: "udp"}
 SessionTuple = tuple[str, str, str, str, str]  # protocol, client, virtual, local, real server, each "address:port"
@@ -206,7 +207,7 @@ class Node(ABC):
     @property
     def control(self) -> ControlSocket:
         """Client of this node's control socket."""
-        return ControlSocket(str(self.ipc), self.layout)
+        return ControlSocket(str(self.ipc), self.layout, connect_seconds=CONTROL_S, reply_seconds=CONTROL_S)
 
     def sessions(self) -> "npt.NDArray[np.void]":
         """DPVS's own list (GET_CONN_ALL), one row a session."""
