@@ -38,9 +38,10 @@ from replicator.links import Links, Outbound, reach_any
 from replicator.node import Node, Parts
 from replicator.replica import Replicas
 from replicator.rundir import RunDir
+from replicator.seal import Party
 from replicator.transport.address import Address, resolve
-from replicator.transport.tcp import TcpDialer, TcpListener
-from replicator.transport.tls import Tls, TlsDialer, TlsListener
+from replicator.transport.choose import Mode, Transport, Where
+from replicator.transport.tls import Tls
 from replicator.wire import MAX_NAME, Hello, Role
 
 XMIT_MODES = {
@@ -67,8 +68,10 @@ class Options:
     """What the command line asked for."""
 
     pid: int
-    peers: tuple[Address, ...] = ()
-    listen: Address | None = None
+    mode: Mode = Mode.TCP
+    rdma_device: str | None = None
+    peers: tuple[Where, ...] = ()
+    listen: Where | None = None
     inject: bool = True
     node: str | None = None
     run_dir: RunDir = field(default_factory=RunDir)
@@ -141,17 +144,18 @@ class _Attachment:
         sites = session_sites(target.function)
 
         me = Hello(name, time.time_ns(), Role.SENDER, pool.slots, instance=instance_of(target))
-        dialers = [TlsDialer(peer, tls) if tls else TcpDialer(peer) for peer in options.peers]
+        transport = Transport(options.mode, tls, Party(name, me.epoch) if tls else None, options.rdma_device)
+        transport.check()
+        dialers = [transport.dialer(peer) for peer in options.peers]
         for peer in options.peers:
-            await resolve(peer)
+            if isinstance(peer, Address):
+                await resolve(peer)
         if options.require_peer_s is not None:
             await reach_any(dialers, options.require_peer_s)
         await asyncio.sleep(0)  # signals get in between steps
         probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
         await asyncio.sleep(0)
-        listener: TcpListener | None = None
-        if options.listen:
-            listener = TlsListener(options.listen, tls) if tls else TcpListener(options.listen)
+        listener = transport.listener(options.listen) if options.listen else None
         if listener is not None:
             stack.push_async_callback(listener.close)
             await listener.start()
@@ -206,7 +210,7 @@ class _Attachment:
                     "slots": pool.slots,
                     "memory": "mapped" if pool.shared else "copied",
                     "listen": listener.address if listener else None,
-                    "links": f"TLS 1.3 as node {tls.identity.node}" if tls else "plain TCP, not protected",
+                    "links": str(transport),
                 },
                 more=lambda: _more(probes, sites, client),
             )
@@ -253,7 +257,7 @@ def instance_of(target: Target) -> int:
 
 
 def credentials(options: Options) -> Tls | None:
-    """The keys that links are made with; None for plain TCP, which is said loudly. Raises KeysError."""
+    """The keys that links are made with; None for links that prove nothing, said loudly. Raises KeysError."""
     if not options.peers and options.listen is None:
         return None
     if not options.insecure and (options.keys is not None or os.path.isdir(KEYS_DIRECTORY)):
@@ -262,7 +266,7 @@ def credentials(options: Options) -> Tls | None:
             log.warning("%s", warning)
         return tls
     why = "--insecure" if options.insecure else f"no keys in {KEYS_DIRECTORY}; make some with `dpvs-probe keys`"
-    log.warning("links are plain TCP (%s): whoever reaches them can read and write sessions", why)
+    log.warning("links are not protected (%s): whoever reaches them can read and write sessions", why)
     return None
 
 

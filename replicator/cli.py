@@ -22,7 +22,7 @@ from replicator import render
 from replicator.admin import Line, ask
 from replicator.cli_keys import keys
 from replicator.rundir import ENVIRONMENT, RunDir
-from replicator.transport.address import parse
+from replicator.transport.choose import Mode, parse
 
 F = TypeVar("F", bound=Callable[..., Any])
 DETACH_S = 30.0
@@ -64,6 +64,11 @@ cli.add_command(keys)
 @click.option("--pid", type=click.IntRange(min=1), required=True, help="Process id of the DPVS to attach to.")
 @click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", help="Send our sessions there; may be repeated.")
 @click.option("--listen", metavar="HOST:PORT", help="Take peers' sessions here; *:PORT listens on all addresses.")
+@click.option(
+    "--mode", type=click.Choice([mode.value for mode in Mode]), default=Mode.TCP.value, show_default=True,
+    help="How links travel: rdma is set up over TCP at the same addresses; shm is for nodes on one host, at shm:/PATH.",
+)  # fmt: skip
+@click.option("--rdma-device", metavar="NAME[:PORT]", help="Device for --mode rdma; the first that is up if not given.")
 @click.option("--no-inject", is_flag=True, help="Keep peers' sessions in tables only: load no agent into DPVS.")
 @click.option("--node", help="Name of this node, not used by any peer; the host name if not given.")
 @run_dir_option
@@ -84,7 +89,7 @@ cli.add_command(keys)
 )  # fmt: skip
 @click.option(
     "--insecure", is_flag=True,
-    help="Plain TCP even where there are keys: whoever reaches a link can read and write sessions. For laboratories.",
+    help="Use no keys even where there are some: whoever reaches a link can read and write sessions. For laboratories.",
 )  # fmt: skip
 @click.option("-v", "--verbose", is_flag=True, help="Say more, with the name of the part that says it.")
 def attach(**given: Any) -> int:
@@ -101,10 +106,13 @@ def attach(**given: Any) -> int:
         raise click.UsageError("--require-peer needs a --peer")
     if given["keys_dir"] and given["insecure"]:
         raise click.UsageError("--keys and --insecure do not go together")
+    mode = Mode(given["mode"])
     options = Options(
         pid=given["pid"],
-        peers=tuple(dict.fromkeys(parse(peer) for peer in peers)),
-        listen=parse(listen, listen=True) if listen else None,
+        mode=mode,
+        rdma_device=given["rdma_device"],
+        peers=tuple(dict.fromkeys(parse(mode, peer) for peer in peers)),
+        listen=parse(mode, listen, listen=True) if listen else None,
         inject=not given["no_inject"],
         node=given["node"],
         run_dir=RunDir(given["run_dir"]),

@@ -38,7 +38,7 @@ def test_sessions_cross_an_encrypted_link(pair: Pair, cluster: Path) -> None:
     steady = pair.steady(CONNECTIONS)
     attach(pair, cluster / "ours-a", cluster / "ours-b")
     wait_for("all sessions injected in b", lambda: len(pair.b.sessions()) == CONNECTIONS, 20)
-    assert "TLS 1.3 as node b" in pair.b.command("status", check=True).stdout
+    assert "proven and encrypted as node b" in pair.b.command("status", check=True).stdout
     pair.kill("a")
     pair.active("b")
     wait_for("traffic on b", lambda: pair.b.counters().active == CONNECTIONS, 20)
@@ -61,3 +61,25 @@ def test_a_node_without_keys_does_not_talk_to_one_with_keys(pair: Pair, cluster:
     pair.a.probe("--insecure", "--peer", listen)
     wait_for("b says why", lambda: "does not speak TLS" in pair.b.attached[0].process.tail(), 15)
     assert len(pair.b.sessions()) == 0
+
+
+def test_shared_memory_carries_sessions_sealed(pair: Pair, cluster: Path) -> None:
+    steady = pair.steady(CONNECTIONS)
+    where = f"shm:{cluster / 'b.shm'}"
+    pair.b.probe("--mode", "shm", "--keys", str(cluster / "ours-b"), "--listen", where)
+    pair.a.probe("--mode", "shm", "--keys", str(cluster / "ours-a"), "--peer", where)
+    wait_for("all sessions injected in b", lambda: len(pair.b.sessions()) == CONNECTIONS, 20)
+    assert "shm, proven and encrypted as node b" in pair.b.command("status", check=True).stdout
+    assert steady.finish()["alive"] == CONNECTIONS
+
+
+def test_a_mode_never_becomes_another(pair: Pair) -> None:
+    if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
+        pytest.skip("this machine has RDMA")
+    ran = pair.a.command("attach", "--pid", str(pair.a.pid), "--mode", "rdma", "--peer", pair.sync_address("b"))
+    assert ran.returncode == 1
+    assert "RDMA" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    ran = pair.a.command("attach", "--pid", str(pair.a.pid), "--mode", "shm", "--peer", pair.sync_address("b"))
+    assert ran.returncode == 1
+    assert "shm:/PATH" in ran.stderr
