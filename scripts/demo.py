@@ -156,7 +156,9 @@ def verdict(control: Outcome, replicated: Outcome) -> list[str]:
         reasons.append(f"without replication {control['alive']} connections survived: the kill did not hit them")
     if replicated["alive"] != total:
         lost = ", ".join(f"{replicated[key]} {key}" for key in ("reset", "stalled", "corrupted") if replicated[key])
-        reasons.append(f"with replication only {replicated['alive']} of {total} connections survived ({lost})")
+        reasons.append(
+            f"with replication only {replicated['alive']} of {total} connections survived{f' ({lost})' if lost else ''}"
+        )
     return reasons
 
 

@@ -17,8 +17,8 @@ from tests.lab.process import wait_for
 pytestmark = [pytest.mark.dpvs, pytest.mark.needs("bpf", "agent")]
 IDLE, BUSY = 20, 20
 LIFETIME_S = 8  # of an idle connection in its owner
-# A copy that nobody refreshes lives 30 s, three refreshes, by DPVS's own clock: it counts turns of the worker's loop, so it
-# runs slow where two polling nodes share two CPUs.
+# A copy that nobody refreshes lives 30 s, three refreshes, by DPVS's own clock. That counts turns of the worker's loop,
+# so it runs slow where two polling nodes share two CPUs.
 COPY_GONE_S = 200
 
 
