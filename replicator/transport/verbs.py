@@ -48,6 +48,7 @@ RNR_RETRIES, RNR_TIMER = 3, 12  # receives are posted ahead of all that a peer i
 SPARE_RECEIVES = 2 * CREDITS_OUT + 8
 POLL = 64
 ROCE_V2 = 1  # enum ibv_gid_type_sysfs
+MOST_HOLES = 16  # in a table of addresses
 WORD_ID = 1 << 63  # work request ids: slots have their number + 1
 
 
@@ -145,13 +146,15 @@ def choose(gids: Sequence[Gid], like: bytes | None) -> Gid:
 
 
 def _gids(context: Any, device: Device) -> list[Gid]:
-    found = []
-    table = context.query_port(device.port).gid_tbl_len
-    for index in range(table) if device.gid_index is None else [device.gid_index]:
-        packed = ipaddress.IPv6Address(str(context.query_gid(device.port, index))).packed
-        if any(packed):
+    found: list[Gid] = []
+    table = range(context.query_port(device.port).gid_tbl_len)
+    holes = 0
+    for index in table if device.gid_index is None else [device.gid_index]:
+        text = str(context.query_gid(device.port, index))
+        if text.strip("0:"):
+            packed, holes = ipaddress.IPv6Address(text).packed, 0
             found.append(Gid(index, packed, context.query_gid_type(device.port, index) == ROCE_V2))
-        elif index >= 64:
+        elif (holes := holes + 1) > MOST_HOLES:  # tables of a thousand, a handful in use
             break
     return found
 

@@ -28,6 +28,7 @@ from tests.unit.simulated_queue import DEVICE, SimulatedQueue
 ENVIRONMENT = "DPVS_PROBE_TRANSPORTS"  # names the transports to test, with commas; else those that this machine has
 MIB = 1 << 20
 Peer = ForkServerProcess
+_given: Path | None = None
 NOWHERE = "127.0.0.1:1"
 
 
@@ -52,6 +53,8 @@ class Kind:
 @cache
 def keys_directory() -> Path:
     """Keys of two nodes, ``dialer`` and ``listener``; made once for all processes of a test run."""
+    if _given is not None:
+        return _given
     made = Path(tempfile.mkdtemp(prefix="dpvs-probe-keys."))
     atexit.register(shutil.rmtree, made)
     keys.init_authority(made / "authority", "east")
@@ -166,9 +169,14 @@ async def dial(dialer: Dialer, attempts: int = 100) -> Connection:
     return await dialer.dial()
 
 
+def use_keys(where: Path | None) -> None:
+    """In a process that another one started: the keys are those of that one."""
+    global _given  # noqa: PLW0603
+    _given = where
+
+
 def _peer(name: str, behaviour: str, address: str, where: Path | None) -> None:
-    global keys_directory  # noqa: PLW0603 - this process has those of the one that started it
-    keys_directory = cache(lambda: where)  # type: ignore[arg-type,return-value]
+    use_keys(where)
     asyncio.run(_live(make(name), behaviour, address))
 
 
