@@ -74,6 +74,9 @@ def failover(pair: Pair, connections: int, seconds: float, replicate: bool) -> O
     if replicate:
         pair.replicate()
         step("dpvs-probe attached to both: a sends its sessions to b, b puts them into its own DPVS")
+        pair.request()
+        time.sleep(1)
+        step("one request through node a: the struct layout is proven on its session, before anything is sent")
     steady = pair.steady(connections, interval=LINE_INTERVAL_S, stall=STALL_S)
     step(f"{connections} connections open through node a, a line each way every {LINE_INTERVAL_S * 1000:.0f} ms")
     time.sleep(seconds / 2)
