@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from .interface import PEER_TIMEOUT_S, LinkLost
 
 READ_BYTES = 256 << 10
+FEW = 3  # pieces that are copied one by one; more are joined first...
+SMALL_BYTES = 8 << 10  # ... if they are smaller than that on the average
 CLOSE_S = 1.0
 TURN_S = 0.002
 
@@ -41,11 +43,14 @@ class Channel(ABC):
         self._check()
         if not self._pending:
             self._moved = self._loop.time()
-        for frame in frames:
+        pieces = list(frames)
+        if len(pieces) > FEW and sum(map(len, pieces)) < SMALL_BYTES * len(pieces):
+            pieces = [b"".join(pieces)]
+        for frame in pieces:
             view = memoryview(frame)
-            if view.nbytes:
-                self._pending.append(view.cast("B"))
-                self.bytes_sent += view.nbytes
+            if size := view.nbytes:
+                self._pending.append(view if view.format == "B" and view.ndim == 1 else view.cast("B"))
+                self.bytes_sent += size
         self._pump()
         while self._pending:
             self._check()
@@ -153,3 +158,18 @@ class Channel(ABC):
         if now - self._turn > TURN_S:
             self._turn = now
             await asyncio.sleep(0)
+
+
+def cut(pending: deque[memoryview], most: int) -> list[memoryview]:
+    """Take up to ``most`` bytes from the left, in few pieces: many small ones are joined."""
+    pieces: list[memoryview] = []
+    while pending and most:
+        first = pending[0]
+        if len(first) > most:
+            pending[0] = first[most:]
+            first = first[:most]
+        else:
+            pending.popleft()
+        pieces.append(first)
+        most -= len(first)
+    return pieces if len(pieces) <= FEW else [memoryview(b"".join(pieces))]

@@ -26,7 +26,7 @@ from replicator.seal import HEADER, OFFER_BYTES, OVERHEAD, Agreement, Opener, Pa
 
 from . import shm_setup
 from .address import os_words, reason
-from .channel import READ_BYTES, Channel
+from .channel import READ_BYTES, Channel, cut
 from .interface import PEER_TIMEOUT_S, CannotListen, PeerUnreachable
 from .ring import BrokenRing
 from .shm_setup import BadSetup, Shared, parse
@@ -110,17 +110,14 @@ class ShmConnection(Channel):
 
     def _write(self, pending: deque[memoryview], room: int) -> bool:
         """Move what fits into the ring; whether it is full."""
-        if self._secured is None:
-            piece = _cut(pending, min(room, PIECE_BYTES))
+        pieces = cut(pending, min(room, PIECE_BYTES))
+        total = sum(map(len, pieces))
+        if self._secured is not None:
+            size = self._secured.sealer.seal_into(pieces[0] if len(pieces) == 1 else b"".join(pieces), self._scratch)
+            pieces = [self._scratch[:size]]
+        for piece in pieces:
             self._writer.write(piece)
-            return len(piece) == room
-        pieces = []
-        while pending and room:
-            pieces.append(_cut(pending, room))
-            room -= len(pieces[-1])
-        size = self._secured.sealer.seal_into(pieces[0] if len(pieces) == 1 else b"".join(pieces), self._scratch)
-        self._writer.write(self._scratch[:size])
-        return room == 0
+        return total == room
 
     async def _end(self) -> None:
         if self._writer.end():
@@ -386,12 +383,3 @@ async def _readable(sock: socket.socket) -> None:
         await ready
     finally:
         loop.remove_reader(sock)
-
-
-def _cut(pending: deque[memoryview], most: int) -> memoryview:
-    """Take up to ``most`` bytes from the left."""
-    first = pending[0]
-    if len(first) <= most:
-        return pending.popleft()
-    pending[0] = first[most:]
-    return first[:most]

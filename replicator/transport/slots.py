@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 from probes.errors import DpvsProbeError
 from replicator.seal import OVERHEAD, Opener, Sealer
 
-from .channel import READ_BYTES, Channel
+from .channel import READ_BYTES, Channel, cut
 from .exchange import BadSetup, Kind, Messages, pack, pack_bye, parse_bye
 from .interface import PEER_TIMEOUT_S, Connection, LinkLost
 
@@ -142,16 +142,7 @@ class SlotConnection(Channel):
         """Move as much as fits into our slot of that number; the length of what is in it then."""
         start = number % self._queue.peer_slots * self._queue.peer_slot_bytes
         slot = self._queue.staging[start : start + self._queue.peer_slot_bytes]
-        pieces: list[memoryview] = []
-        room = self._room_bytes
-        while pending and room:
-            frame = pending[0]
-            if len(frame) <= room:
-                pieces.append(pending.popleft())
-            else:
-                pieces.append(frame[:room])
-                pending[0] = frame[room:]
-            room -= len(pieces[-1])
+        pieces = cut(pending, self._room_bytes)
         if self._seals is not None:
             return self._seals.sealer.seal_into(pieces[0] if len(pieces) == 1 else b"".join(pieces), slot)
         at = 0
