@@ -8,7 +8,8 @@ Rules
   there: frames are copied once, or sealed straight into their slot.
 - A credit, an immediate word of its own, says how many slots were read so far, modulo 2^31. One goes out for each
   quarter of the ring that was read and for nothing else: a credit that answered a credit would never come to rest.
-- A slot of ours is free again when the device said that it was written, and the peer's when a credit says so.
+- A slot is free again, here and there, when a credit says that the peer has read it. What the device says of its writes
+  wakes nobody: half of all wake-ups would be for that. It is looked at in passing.
 - The stream over which the connection was set up stays open and carries a heartbeat: its end is the peer's end. The
   orderly end is said there too, with the number of slots: nobody can cut the last ones off.
 """
@@ -28,6 +29,7 @@ from .channel import READ_BYTES, Channel, cut
 from .exchange import BadSetup, Kind, Messages, pack, pack_bye, parse_bye
 from .interface import PEER_TIMEOUT_S, Connection, LinkLost
 
+LOOK_S = 0.002
 TICK_S = 0.25
 BEAT_TICKS = 2  # between two beats of ours
 SILENT_TICKS = 11  # without one of the peer's: it is lost, a quarter of a second before PEER_TIMEOUT_S
@@ -44,15 +46,15 @@ class QueueDown(Exception):
 class Queue(Protocol):
     """A connected queue pair and its memory; ``rdma.VerbsQueue`` is the real one."""
 
-    fd: int  # readable when something completed after ``rearm``
+    fd: int  # readable when something came, or the queue broke, after ``rearm``; not when something was written
     ring: memoryview  # where the peer writes: ``slots`` of ``slot_bytes``
     slots: int
     slot_bytes: int
     staging: memoryview  # where we write from: ``peer_slots`` of ``peer_slot_bytes``
     peer_slots: int
     peer_slot_bytes: int
-    written: int  # slots that the peer's device has, counted from the beginning
-    words_out: int  # words that the peer's device does not have yet
+    written: int  # slots that the peer's device had at the last ``poll``, counted from the beginning
+    words_out: int  # words that the peer's device did not have at the last ``poll``
 
     @abstractmethod
     def write(self, number: int, lengths: Sequence[int]) -> None:
@@ -64,11 +66,11 @@ class Queue(Protocol):
 
     @abstractmethod
     def poll(self) -> list[int]:
-        """Immediate words that came, in order; counts what was written. Raises QueueDown when there is nothing else."""
+        """Immediate words that came, in order; sees what was written. Raises QueueDown when there is nothing else."""
 
     @abstractmethod
     def rearm(self) -> None:
-        """Make ``fd`` tell of what completes from now on. Raises QueueDown."""
+        """Make ``fd`` tell of what comes from now on. Raises QueueDown."""
 
     @abstractmethod
     def close(self) -> None:
@@ -135,7 +137,7 @@ class SlotConnection(Channel):
     def _free(self) -> int:
         """Slots that may be written now, of which a quarter at once: while they travel, the next are filled."""
         slots = self._queue.peer_slots
-        free = min(self._credit, self._queue.written) + slots - self._posted
+        free = self._credit + slots - self._posted
         return min(free, slots // 4)
 
     def _fill(self, number: int, pending: deque[memoryview]) -> int:
@@ -152,18 +154,17 @@ class SlotConnection(Channel):
         return at
 
     async def _end(self) -> None:
-        """Wait until the peer's device has all slots, and say goodbye."""
-        while self._queue.written < self._posted and self._lost is None:
-            await self._next_change()
+        """Say goodbye, once all slots are there."""
+        await self._written()
         if self._lost is None:
             with suppress(LinkLost):
                 await self.stream.send([pack_bye(self._posted)])
 
-    async def _next_change(self) -> None:
-        self._news.clear()
-        self._drain()
-        if not self._news.is_set():
-            await self._news.wait()
+    async def _written(self) -> None:
+        """Wait until the peer's device has all slots. Nothing tells of that."""
+        while self._queue.written < self._posted and self._lost is None:
+            await asyncio.sleep(LOOK_S)
+            self._drain()
 
     # --- receiving ---------------------------------------------------------------------------------------------------
 
@@ -218,15 +219,12 @@ class SlotConnection(Channel):
 
     def _drain(self) -> None:
         """Take in all that completed."""
-        written = self._queue.written
         try:
             while words := self._queue.poll():
                 for word in words:
                     self._on_word(word)
         except (QueueDown, BadSetup) as error:
             self._down(error)
-        if self._queue.written != written:
-            self._news.set()
         self._give_credit()
 
     def _on_word(self, word: int) -> None:
@@ -271,6 +269,7 @@ class SlotConnection(Channel):
             await self.stream.send([pack(Kind.BEAT)])
             for _ in range(BEAT_TICKS):
                 await asyncio.sleep(TICK_S)
+                self._drain()  # for a credit that had to wait for others to be written
                 self._silent += 1
                 if self._silent >= SILENT_TICKS:
                     raise TimeoutError

@@ -2,9 +2,9 @@
 """Queue pairs and registered memory through pyverbs, which is imported here and nowhere else.
 
 Rules
-- A reliable connection for each link: one queue pair, one completion queue with a channel for the event loop, a ring
-  that the peer writes to and a staging area of our own. How they are used is said in ``slots.py``, how they are agreed
-  upon, over a connection of another transport, in ``exchange.py``.
+- A reliable connection for each link: one queue pair, a completion queue for what comes, with a channel for the event
+  loop, one for what was sent, without, a ring that the peer writes to and a staging area of our own. How they are used
+  is said in ``slots.py``, how they are agreed upon, over a connection of another transport, in ``exchange.py``.
 - Work requests are made once for a connection, two for each slot: one that another follows, and one that ends a chain
   and is reported when it is done. They share one scatter/gather element, so that its length is set in one place.
 - A dead peer is found after some ``RETRIES`` of about 0.1 s. Seven retries would be without end for soft-RoCE.
@@ -194,9 +194,10 @@ class VerbsQueue:
         self._undo.callback(self._channel.close)
         receives = self.slots + SPARE_RECEIVES
         sends = MOST_SLOTS + 2 * CREDITS_OUT
-        self._cq = self._undo.enter_context(CQ(context, receives + sends, None, self._channel, 0))
+        self._arrivals = self._undo.enter_context(CQ(context, receives, None, self._channel, 0))
+        self._sent = self._undo.enter_context(CQ(context, sends, None, None, 0))
         cap = QPCap(max_send_wr=sends, max_recv_wr=receives, max_send_sge=1, max_recv_sge=1, max_inline_data=0)
-        initial = QPInitAttr(qp_type=e.IBV_QPT_RC, scq=self._cq, rcq=self._cq, cap=cap, sq_sig_all=0)
+        initial = QPInitAttr(qp_type=e.IBV_QPT_RC, scq=self._sent, rcq=self._arrivals, cap=cap, sq_sig_all=0)
         self._qp = QP(self._pd, initial, self._attributes())
         self.ring, address, region = self._register(self.slots * self.slot_bytes)
         self._ring_address, self._rkey = address, int(region.rkey)
@@ -296,15 +297,15 @@ class VerbsQueue:
         self.words_out += 1
 
     def poll(self) -> list[int]:
-        """Immediate words that came, in order; counts what was written. Raises QueueDown when there is nothing else."""
+        """Immediate words that came, in order; sees what was written. Raises QueueDown when there is nothing else."""
         words: list[int] = []
         try:
-            while not self._broken:
-                count, completions = self._cq.poll(POLL)
-                for completion in completions:
-                    self._on_completion(completion, words)
-                if count < POLL:
-                    break
+            for queue in (self._sent, self._arrivals):  # in this order: what failed first is said in the first one
+                count = POLL
+                while count == POLL:
+                    count, completions = queue.poll(POLL)
+                    for completion in completions:
+                        self._on_completion(completion, words)
         except PyverbsError as error:
             self._break(str(error))
         if self._broken and not words:
@@ -323,12 +324,12 @@ class VerbsQueue:
             self.written = completion.wr_id
 
     def rearm(self) -> None:
-        """Make ``fd`` tell of what completes from now on. Raises QueueDown."""
+        """Make ``fd`` tell of what comes from now on. Raises QueueDown."""
         try:
             with suppress(PyverbsRDMAError):  # nothing there: the descriptor does not block
-                self._channel.get_cq_event(self._cq)
-                self._cq.ack_events(1)
-            self._cq.req_notify()
+                self._channel.get_cq_event(self._arrivals)
+                self._arrivals.ack_events(1)
+            self._arrivals.req_notify()
         except PyverbsError as error:
             raise self._break(str(error)) from error
 

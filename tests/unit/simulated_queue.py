@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Queue pairs without RDMA: two in one process, joined by the event loop.
 
-They are as strict as a device: memory is read when a write is carried out and not when it is asked for, what completes
-is told of once after each ``rearm``, a write without a receive for it or to a queue pair that is gone breaks both.
+They are as strict as a device: memory is read when a write is carried out and not when it is asked for, what came is
+told of once after each ``rearm`` and what was written not at all, a write without a receive for it or to a queue pair
+that is gone breaks both.
 """
 
 import asyncio
@@ -37,6 +38,7 @@ class SimulatedQueue:
         self.words_said = 0
         self._inbox: deque[int] = deque()
         self._outbox: deque[tuple[int | None, int]] = deque()
+        self._carried_out = self._words_carried_out = 0
         self._armed, self._broken, self._delay_s = False, "", delay_s
         SimulatedQueue.made += 1
         self._number = SimulatedQueue.made
@@ -69,6 +71,8 @@ class SimulatedQueue:
         self._later()
 
     def poll(self) -> list[int]:
+        self.written = self._carried_out
+        self.words_out = self.words_said - self._words_carried_out
         words = list(self._inbox)
         self._inbox.clear()
         self.receives += len(words)
@@ -113,12 +117,11 @@ class SimulatedQueue:
             if slot is not None:
                 start = slot % self.peer_slots * self.peer_slot_bytes
                 peer.ring[start : start + value] = self.staging[start : start + value]
-                self.written = slot + 1
+                self._carried_out = slot + 1
             else:
-                self.words_out -= 1
+                self._words_carried_out += 1
             peer._inbox.append(value)
             peer._completed()
-            self._completed()
 
     def _completed(self) -> None:
         if self._armed and self._number in self.alive:
