@@ -269,6 +269,8 @@ class SlotConnection(Channel):
             await self.stream.send([pack(Kind.BEAT)])
             for _ in range(BEAT_TICKS):
                 await asyncio.sleep(TICK_S)
+                if self._released:  # cancelled, but not yet told so
+                    return
                 self._drain()  # for a credit that had to wait for others to be written
                 self._silent += 1
                 if self._silent >= SILENT_TICKS:

@@ -169,6 +169,7 @@ class VerbsQueue:
         self.staging = memoryview(b"")
         self._device = device
         self._broken = ""
+        self._closed = False
         self._qp: Any = None
         self._elements: list[Any] = []  # one for each slot of the staging area, and two requests
         self._middle: list[Any] = []
@@ -270,6 +271,8 @@ class VerbsQueue:
 
     def write(self, number: int, lengths: Sequence[int]) -> None:
         """Write slots ``number`` (counted from the beginning), ``number + 1``, ... as one chain. Raises QueueDown."""
+        if self._closed:
+            raise QueueDown("closed")
         slots = [at % self.peer_slots for at in range(number, number + len(lengths))]
         for slot, length in zip(slots, lengths, strict=True):
             self._elements[slot].length = length
@@ -289,6 +292,8 @@ class VerbsQueue:
 
     def say(self, word: int) -> None:
         """Send an immediate word. Raises QueueDown."""
+        if self._closed:
+            raise QueueDown("closed")
         self._word.imm_data = word
         try:
             self._qp.post_send(self._word)
@@ -299,6 +304,8 @@ class VerbsQueue:
     def poll(self) -> list[int]:
         """Immediate words that came, in order; sees what was written. Raises QueueDown when there is nothing else."""
         words: list[int] = []
+        if self._closed:  # the queues are gone, and asking them would be the end of the process
+            raise QueueDown("closed")
         try:
             for queue in (self._sent, self._arrivals):  # in this order: what failed first is said in the first one
                 count = POLL
@@ -325,6 +332,8 @@ class VerbsQueue:
 
     def rearm(self) -> None:
         """Make ``fd`` tell of what comes from now on. Raises QueueDown."""
+        if self._closed:
+            raise QueueDown("closed")
         try:
             with suppress(PyverbsRDMAError):  # nothing there: the descriptor does not block
                 self._channel.get_cq_event(self._arrivals)
@@ -335,6 +344,7 @@ class VerbsQueue:
 
     def close(self) -> None:
         """Give everything back."""
+        self._closed = True
         with suppress(PyverbsError):
             if self._qp is not None:
                 self._qp.close()  # first: nothing may use the memory any more

@@ -25,6 +25,7 @@ class SimulatedQueue:
 
     alive: ClassVar[dict[int, "SimulatedQueue"]] = {}
     made: ClassVar[int] = 0
+    crashes: ClassVar[int] = 0  # uses after close
 
     def __init__(self, device: Device, *, like: bytes | None = None, slots: int = 8, delay_s: float = 0) -> None:
         assert device == DEVICE
@@ -71,6 +72,7 @@ class SimulatedQueue:
         self._later()
 
     def poll(self) -> list[int]:
+        self._must_be_alive()
         self.written = self._carried_out
         self.words_out = self.words_said - self._words_carried_out
         words = list(self._inbox)
@@ -81,6 +83,7 @@ class SimulatedQueue:
         return words
 
     def rearm(self) -> None:
+        self._must_be_alive()
         with suppress(BlockingIOError):
             os.eventfd_read(self.fd)
         self._armed = True
@@ -89,6 +92,11 @@ class SimulatedQueue:
         if self.alive.pop(self._number, None):
             self._broken = "closed"
             os.close(self.fd)
+
+    def _must_be_alive(self) -> None:
+        if self._number not in self.alive:
+            SimulatedQueue.crashes += 1
+            raise QueueDown("a device would have crashed")
 
     def fail(self, why: str) -> None:
         """Break, as when the device gives up."""

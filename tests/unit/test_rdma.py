@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from probes.errors import DpvsProbeError
 from replicator.seal import Party
-from replicator.transport import exchange, verbs
+from replicator.transport import exchange, slots, verbs
 from replicator.transport.address import Address, parse
 from replicator.transport.exchange import BadSetup, Kind, Messages, Side, pack
 from replicator.transport.interface import LinkLost, PeerUnreachable
@@ -296,6 +296,25 @@ def test_a_slot_that_comes_again_is_refused() -> None:
             await far.receive()
 
     between(body, secured=True)
+
+
+def test_nothing_is_used_after_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask the queues of a closed connection would be the end of the process."""
+    monkeypatch.setattr(slots, "TICK_S", 0)
+    monkeypatch.setattr(slots, "SILENT_TICKS", 1 << 30)
+
+    for turns in range(12):
+
+        async def body(near: SlotConnection, far: SlotConnection, turns: int = turns) -> None:
+            await near.send([b"x"])
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await near.close()
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+        between(body)
+    assert SimulatedQueue.crashes == 0
 
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
