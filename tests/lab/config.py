@@ -138,5 +138,5 @@ def eal(*, first_cpu: int, workers: int, prefix: str, huge: Path, memory_mib: in
         str(memory_mib),
         "--no-pci",
         "--no-telemetry",
-        f"--vdev=net_af_packet0,iface=v0,qpairs={workers},blocksz=65536,framesz=2048,framecnt=2048",
+        f"--vdev=net_af_packet0,iface=v0,qpairs={workers},blocksz=65536,framesz=2048,framecnt=8192",
     ]

@@ -35,7 +35,7 @@ class TestWithReplication:
         report = steady.finish()
         assert report["alive"] == CONNECTIONS, report
         assert report["corrupted"] == report["reset"] == report["stalled"] == 0, report
-        wait_for("b counts nothing any more", lambda: pair.b.counters().idle, 60, 0.5)
+        wait_for("b counts nothing any more", lambda: pair.b.counters().idle, 120, 0.5)
         assert len(pair.b.sessions()) == 0
         assert pair.b.pid == before
         assert pair.b.alive
