@@ -32,7 +32,8 @@ from probes.proof import LayoutDisproved, Proof, prove
 from probes.sites import session_sites
 from probes.target import Target
 from replicator.inject import Injector
-from replicator.keys import KEYS_DIRECTORY, expiry_warning
+from replicator.keyfiles import KeysMissing
+from replicator.keys import KEYS_DIRECTORY
 from replicator.link import Receiver, Sender
 from replicator.links import Links, Outbound, reach_any
 from replicator.node import Node, Parts
@@ -52,6 +53,7 @@ XMIT_MODES = {
     "dp_vs_xmit_snat": SNAT,
 }
 PROOF_TRIES = 3
+DAY_S = 86400.0
 CLOCK = time.monotonic_ns
 
 log = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ class Options:
     layout: str | None = None
     ring_pages: int = RING_PAGES
     require_peer_s: float | None = None
-    keys: str | None = None  # directory; None: the usual one if it is there
+    keys: str | None = None  # directory; None: the usual one
     insecure: bool = False
     version: str = ""
 
@@ -96,12 +98,15 @@ class _Attachment:
         self._node: Node | None = None
         self._task: asyncio.Task[Any] | None = None
         self._interrupted = False
+        self._tls: Tls | None = None
+        self._dates: asyncio.TimerHandle | None = None
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         try:
             async with AsyncExitStack() as stack:
                 node = await self._take_steps(stack)
@@ -124,11 +129,35 @@ class _Attachment:
         elif self._task is not None:
             self._task.cancel()
 
+    def _reload(self) -> None:
+        """Read the keys again. What is wrong with the new ones is said, and the old ones stay in use."""
+        if self._tls is None:
+            log.info("SIGHUP: there are no keys to read again")
+            return
+        try:
+            self._tls.reload()
+        except DpvsProbeError as error:
+            log.error("SIGHUP: the keys stay as they were: %s", error)
+        else:
+            log.info("SIGHUP: keys read again; links made from now on use them")
+            self._warn_of_dates()
+
+    def _warn_of_dates(self) -> None:
+        """Say each day what will soon end."""
+        if self._tls is None:
+            return
+        for warning in self._tls.identity.warnings():
+            log.warning("%s", warning)
+        if self._dates is not None:
+            self._dates.cancel()
+        self._dates = asyncio.get_running_loop().call_later(DAY_S, self._warn_of_dates)
+
     async def _take_steps(self, stack: AsyncExitStack) -> Node:
         options = self._options
         if os.geteuid() != 0:
             raise NeedRoot("attaching to another process needs root")
-        tls = credentials(options)
+        self._tls = tls = credentials(options)
+        self._warn_of_dates()
         name = node_name(options.node, tls)
 
         # Look, and refuse. Nothing here changes the target.
@@ -257,17 +286,19 @@ def instance_of(target: Target) -> int:
 
 
 def credentials(options: Options) -> Tls | None:
-    """The keys that links are made with; None for links that prove nothing, said loudly. Raises KeysError."""
+    """The keys that links are made with; None without links, or for --insecure, said loudly. Raises KeysError."""
     if not options.peers and options.listen is None:
         return None
-    if not options.insecure and (options.keys is not None or os.path.isdir(KEYS_DIRECTORY)):
-        tls = Tls.load(options.keys or KEYS_DIRECTORY)
-        if warning := expiry_warning(tls.identity.certificate):
-            log.warning("%s", warning)
-        return tls
-    why = "--insecure" if options.insecure else f"no keys in {KEYS_DIRECTORY}; make some with `dpvs-probe keys`"
-    log.warning("links are not protected (%s): whoever reaches them can read and write sessions", why)
-    return None
+    if options.insecure:
+        log.warning("--insecure: links are NOT PROTECTED, whoever reaches them can read and write sessions")
+        return None
+    directory = options.keys or KEYS_DIRECTORY
+    if not os.path.isdir(directory):
+        raise KeysMissing(
+            f"links need keys, and there is no {directory}",
+            help_text=f"{KeysMissing.help_text} In a laboratory, --insecure does without.",
+        )
+    return Tls.load(directory)
 
 
 def node_name(given: str | None, tls: Tls | None = None) -> str:

@@ -84,12 +84,13 @@ cli.add_command(keys)
 )  # fmt: skip
 @click.option(
     "--keys", "keys_dir", type=click.Path(file_okay=False), metavar="DIR",
-    help="Keys of this node (`dpvs-probe keys`): links are TLS 1.3 then, and the node has the name in its certificate."
-    " /etc/dpvs-probe/keys is used where it exists.",
+    help="Keys of this node, made with `dpvs-probe keys`: both ends of a link prove who they are, what it carries is"
+    " encrypted, and the node has the name in its certificate. /etc/dpvs-probe/keys by default.",
 )  # fmt: skip
 @click.option(
     "--insecure", is_flag=True,
-    help="Use no keys even where there are some: whoever reaches a link can read and write sessions. For laboratories.",
+    help="Links without keys, even where there are some: whoever reaches one can read and write sessions. For"
+    " laboratories.",
 )  # fmt: skip
 @click.option("-v", "--verbose", is_flag=True, help="Say more, with the name of the part that says it.")
 def attach(**given: Any) -> int:

@@ -223,12 +223,21 @@ class Node(ABC):
 
     # -- dpvs-probe -------------------------------------------------------------------------------------------------
     def probe(self, *arguments: str, wait: bool = True, timeout: float = 60) -> "Attached":
-        """Start ``dpvs-probe attach`` on this node, in its namespace, and wait until its admin socket answers."""
-        attached = Attached(self, arguments)
+        """Start ``dpvs-probe attach`` on this node, in its namespace, and wait until its admin socket answers.
+
+        Links have the keys of this run's cluster, unless the arguments say something of keys.
+        """
+        attached = Attached(self, self.with_keys(*arguments))
         self.attached.append(attached)
         if wait:
             attached.wait_ready(timeout)
         return attached
+
+    def with_keys(self, *arguments: str) -> tuple[str, ...]:
+        """Arguments for ``attach``, with the keys of this run's cluster if they ask for links and name no keys."""
+        if {"--peer", "--listen"} & set(arguments) and not {"--keys", "--insecure"} & set(arguments):
+            return (*arguments, "--keys", str(self.run.keys(self.name)))
+        return arguments
 
     def attach_command(self) -> list[str | Path]:
         """The program that ``probe`` starts."""

@@ -14,6 +14,7 @@ import shutil
 import signal
 from pathlib import Path
 
+from replicator.keys import init_authority, issue
 from tests.lab import hugepages
 from tests.lab.net import NETNS_DIR, remove_namespace
 from tests.lab.process import start_time
@@ -57,6 +58,16 @@ class Run:
             hugepages.mount(self.huge)
         self._raised += hugepages.raise_pool(pages)
         self._write()
+
+    def keys(self, node: str) -> Path:
+        """The directory with the keys of a node of this run's own cluster."""
+        authority = self.directory / "authority"
+        if not authority.exists():
+            init_authority(authority, "laboratory")
+        directory = self.directory / "keys" / node
+        if not directory.exists():
+            issue(authority, node, directory)
+        return directory
 
     def next_pair(self) -> int:
         """A number that no other pair of this run has."""

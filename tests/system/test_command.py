@@ -54,16 +54,21 @@ class TestRefusals:
         pid = str(node.pid)
         steady = pair.steady(10)
 
-        complaint(node.command("attach", "--pid", "4194303"), "4194303")
-        complaint(node.command("attach", "--pid", str(os.getpid())), str(os.getpid()))
-        complaint(node.command("attach", "--pid", pid, "--layout", "0.0.1"), "0.0.1")
+        def refused(target: str, *arguments: str) -> str:
+            return complaint(node.command("attach", "--pid", target, *node.with_keys(*arguments)))
+
+        assert "4194303" in refused("4194303")
+        assert str(os.getpid()) in refused(str(os.getpid()))
+        assert "0.0.1" in refused(pid, "--layout", "0.0.1")
         unreachable = pair.sync_address("b", 9)
-        complaint(node.command("attach", "--pid", pid, "--peer", unreachable, "--require-peer", "1"), unreachable)
-        complaint(node.command("attach", "--pid", pid, "--peer", "no-such-host.invalid:7777", "--require-peer", "1"))
+        assert unreachable in refused(pid, "--peer", unreachable, "--require-peer", "1")
+        refused(pid, "--peer", "no-such-host.invalid:7777", "--require-peer", "1")
         with inside(pair.network.path("a")), socket.create_server((pair.plan.sync("a"), 7777)):
             taken = pair.sync_address("a")
-            complaint(node.command("attach", "--pid", pid, "--listen", taken), taken)
-        complaint(node.command("attach", "--pid", pid, "--listen", "203.0.113.1:7777"), "203.0.113.1")
+            assert taken in refused(pid, "--listen", taken)
+        assert "203.0.113.1" in refused(pid, "--listen", "203.0.113.1:7777")
+        without = refused(pid, "--listen", pair.sync_address("a"), "--keys", "/no/such/directory")
+        assert "links need keys, and there is no /no/such/directory" in without
         for asks in ("status", "sessions", "peers", "detach"):
             complaint(node.command(asks, "--pid", pid), "attached")
 

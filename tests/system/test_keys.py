@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Links with keys: two nodes of one authority replicate, and who is not of it learns nothing."""
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -63,6 +64,32 @@ def test_a_node_without_keys_does_not_talk_to_one_with_keys(pair: Pair, cluster:
     assert len(pair.b.sessions()) == 0
 
 
+def test_new_keys_without_a_restart(pair: Pair, cluster: Path) -> None:
+    """SIGHUP reads keys again; those that are no good leave the old ones in use."""
+    attach(pair, cluster / "ours-a", cluster / "ours-b")
+    probe = pair.a.attached[0]
+    keys("issue", "a", "--dir", cluster / "ours", "--out", cluster / "ours-a", "--days", "1", "--force")
+    probe.process.signal(signal.SIGHUP)
+    wait_for("new keys in use", lambda: "keys read again" in probe.log.read_text(), 10)
+    (cluster / "ours-a" / "node.key").unlink()
+    probe.process.signal(signal.SIGHUP)
+    wait_for("no key, and said so", lambda: "the keys stay as they were" in probe.log.read_text(), 10)
+    steady = pair.steady(CONNECTIONS)
+    wait_for("all sessions injected in b", lambda: len(pair.b.sessions()) == CONNECTIONS, 20)
+    assert steady.finish()["alive"] == CONNECTIONS
+
+
+def test_without_keys_only_when_told_so(pair: Pair) -> None:
+    """--insecure on both sides: it works, and says loudly what it is."""
+    steady = pair.steady(CONNECTIONS)
+    pair.replicate(extra=("--insecure",))
+    wait_for("all sessions injected in b", lambda: len(pair.b.sessions()) == CONNECTIONS, 20)
+    for node in (pair.a, pair.b):
+        assert "NOT PROTECTED" in node.attached[0].log.read_text()
+        assert node.attached[0].status()["links"] == "tcp, not protected"
+    assert steady.finish()["alive"] == CONNECTIONS
+
+
 def test_shared_memory_carries_sessions_sealed(pair: Pair, cluster: Path) -> None:
     steady = pair.steady(CONNECTIONS)
     where = f"shm:{cluster / 'b.shm'}"
@@ -76,10 +103,11 @@ def test_shared_memory_carries_sessions_sealed(pair: Pair, cluster: Path) -> Non
 def test_a_mode_never_becomes_another(pair: Pair) -> None:
     if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
         pytest.skip("this machine has RDMA")
-    ran = pair.a.command("attach", "--pid", str(pair.a.pid), "--mode", "rdma", "--peer", pair.sync_address("b"))
+    peer = pair.a.with_keys("--peer", pair.sync_address("b"))
+    ran = pair.a.command("attach", "--pid", str(pair.a.pid), "--mode", "rdma", *peer)
     assert ran.returncode == 1
     assert "RDMA" in ran.stderr
     assert "Traceback" not in ran.stderr
-    ran = pair.a.command("attach", "--pid", str(pair.a.pid), "--mode", "shm", "--peer", pair.sync_address("b"))
+    ran = pair.a.command("attach", "--pid", str(pair.a.pid), "--mode", "shm", *peer)
     assert ran.returncode == 1
     assert "shm:/PATH" in ran.stderr
