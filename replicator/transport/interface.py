@@ -8,12 +8,14 @@ loop.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from probes.errors import DpvsProbeError
 
 PEER_TIMEOUT_S = 3
+CROWDED, NOT_SET_UP = "crowded", "not_set_up"  # reasons to refuse that several transports have
 
 
 class LinkLost(DpvsProbeError):
@@ -60,9 +62,10 @@ class Dialer(Protocol):
 
 
 class Listener(Protocol):
-    """Takes connections from peers."""
+    """Takes connections from peers. ``refused``: how many came to nothing before they were one, by reason."""
 
     address: str
+    refused: Counter[str]
 
     async def start(self) -> None:
         """Begin to listen. Raises CannotListen."""

@@ -17,7 +17,17 @@ from replicator.seal import Agreement, Party, SealError
 
 from .address import reason
 from .exchange import BadSetup, Kind, Messages, Side, pack, pack_refuse, parse_refuse
-from .interface import PEER_TIMEOUT_S, CannotListen, Connection, Dialer, LinkLost, Listener, PeerUnreachable
+from .interface import (
+    CROWDED,
+    NOT_SET_UP,
+    PEER_TIMEOUT_S,
+    CannotListen,
+    Connection,
+    Dialer,
+    LinkLost,
+    Listener,
+    PeerUnreachable,
+)
 from .slots import Queue, Seals, SlotConnection
 from .verbs import Device, NoRdma, VerbsQueue
 
@@ -168,6 +178,7 @@ class RdmaListener:
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = False
         self.address = stream.address
+        self.refused = stream.refused  # counts of both in one
 
     async def start(self) -> None:
         """Take the address, let nobody in yet. Raises CannotListen."""
@@ -209,6 +220,7 @@ class RdmaListener:
                 return
             if len(self._tasks) > MAX_SETUPS or self._waiting.full():
                 log.debug("connection from %s dropped: too many wait", stream.remote)
+                self.refused[CROWDED] += 1
                 self._spawn(stream.close())
             else:
                 self._spawn(self._set_up(_Talk(stream)))
@@ -218,6 +230,7 @@ class RdmaListener:
             async with asyncio.timeout(self._settings.timeout_s):
                 connection = await _answer(talk, self._settings)
         except BaseException as error:
+            self.refused[NOT_SET_UP] += 1
             if isinstance(error, BadSetup | NoRdma | SealError):
                 log.warning("RDMA with %s not set up: %s", talk.stream.remote, error)
                 await talk.refuse(str(error))

@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import struct
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from replicator.seal import HEADER, OFFER_BYTES, OVERHEAD, Agreement, Opener, Pa
 from . import shm_setup
 from .address import os_words, reason
 from .channel import READ_BYTES, Channel, cut
-from .interface import PEER_TIMEOUT_S, CannotListen, PeerUnreachable
+from .interface import CROWDED, NOT_SET_UP, PEER_TIMEOUT_S, CannotListen, PeerUnreachable
 from .ring import BrokenRing
 from .shm_setup import BadSetup, Shared, parse
 from .tls import Tls, TlsStream
@@ -270,6 +270,7 @@ class ShmListener:
         self._open = False
         self._waiting: asyncio.Queue[ShmConnection] = asyncio.Queue(MAX_WAITING)
         self._setups: set[asyncio.Task[None]] = set()
+        self.refused: Counter[str] = Counter()
 
     async def start(self) -> None:
         """Take the address, let nobody in yet. Raises CannotListen."""
@@ -311,6 +312,7 @@ class ShmListener:
             return
         if len(self._setups) >= MAX_SETUPS or self._waiting.full():
             log.debug("connection dropped: too many wait")
+            self.refused[CROWDED] += 1
             sock.close()
             return
         task = asyncio.create_task(self._set_up(sock))
@@ -323,8 +325,10 @@ class ShmListener:
             async with asyncio.timeout(self._timeout_s):
                 connection = await self._answer(sock)
         except (BadSetup, SealError) as error:
+            self.refused[NOT_SET_UP] += 1
             log.warning("connection on %s refused: %s", self.address, error)
         except OSError as error:
+            self.refused[NOT_SET_UP] += 1
             log.debug("connection on %s lost while it was set up: %s", self.address, reason(error))
         else:
             if self._socket is None or self._waiting.full():

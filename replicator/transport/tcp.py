@@ -10,11 +10,12 @@ import asyncio
 import errno
 import logging
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 from .address import Address, UnknownHost, reason
-from .interface import PEER_TIMEOUT_S, CannotListen, LinkLost, PeerUnreachable
+from .interface import CROWDED, PEER_TIMEOUT_S, CannotListen, LinkLost, PeerUnreachable
 
 BUFFER_BYTES = 1 << 20
 READ_BYTES = 256 << 10
@@ -118,6 +119,7 @@ class TcpListener:
         self._at = address
         self.address = str(address)
         self._server: asyncio.Server | None = None
+        self.refused: Counter[str] = Counter()
         self._waiting: asyncio.Queue[TcpConnection] = asyncio.Queue(MAX_WAITING)
 
     async def start(self) -> None:
@@ -152,6 +154,7 @@ class TcpListener:
     def _arrived(self, reader: Reader, writer: Writer, node: str | None = None) -> None:
         if self._server is None or self._waiting.full():
             log.debug("connection from %s dropped: too many wait", name_of(writer.get_extra_info("peername")))
+            self.refused[CROWDED] += 1
             writer.transport.abort()
             return
         try:

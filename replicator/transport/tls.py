@@ -18,7 +18,6 @@ import asyncio
 import logging
 import os
 import ssl
-from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +58,11 @@ class Refusal(StrEnum):
     GONE = "it went away during the handshake"
     CROWDED = "too many handshakes at once"
     OTHER = "the handshake failed"
+
+    @property
+    def key(self) -> str:
+        """Its name among counters."""
+        return self.name.lower()
 
 
 class Refused(ConnectionError):
@@ -353,14 +357,13 @@ class TlsDialer(TcpDialer):
 
 
 class TlsListener(TcpListener):
-    """Takes TLS connections from peers. ``refused``: how many came to nothing, by reason."""
+    """Takes TLS connections from peers. ``refused`` has the reasons of ``Refusal`` too, by their keys."""
 
     def __init__(self, address: Address, tls: Tls) -> None:
         super().__init__(address)
         self._tls = tls
         self._shaking: dict[TlsStream, None] = {}  # in order of arrival
         self._said_s: dict[Refusal, float] = {}
-        self.refused: Counter[Refusal] = Counter()
 
     async def close(self) -> None:
         """Listen no more; connections that were accepted live on, all others are dropped."""
@@ -385,7 +388,7 @@ class TlsListener(TcpListener):
         if error is None:
             self._arrived(stream, stream, ready.result())
         elif isinstance(error, Refused) and self._server is not None:
-            self.refused[error.refusal] += 1
+            self.refused[error.refusal.key] += 1
             now = asyncio.get_running_loop().time()
             loud = now - self._said_s.get(error.refusal, -QUIET_S) >= QUIET_S
             if loud:
