@@ -29,12 +29,14 @@ Buffer = bytes | memoryview
 _PREFIX = HEADER.size + BODY.size
 # A record is 36 words of 4 bytes; of each address of 4 words, IPv4 uses the first.
 _HEAD, _ADDRESSES, _TAIL = slice(0, 4), slice(4, 20, 4), slice(20, 36)
+_FAMILIES = 4  # word of 2 bytes: af, af_out
 _HEAD4, _ADDRESSES4, _TAIL4 = slice(0, 4), slice(4, 8), slice(8, 24)
 
 
 def is_ipv4(records: Records) -> Bools:
     """Which records fit kind 4: IPv4 on both sides."""
-    return np.asarray((records["af"] == AF_INET) & (records["af_out"] == AF_INET))
+    families = records.view(np.uint16).reshape(len(records), -1)[:, _FAMILIES]
+    return np.asarray(families == (AF_INET | AF_INET << 8))
 
 
 def batches(kind: int, n: int, body_bytes: int) -> Iterator[slice]:

@@ -49,10 +49,10 @@ class Replica:
         self.present: Bools = np.zeros(self.slots, np.bool_)
         self.pending = Dirty(self.slots)
         self._named: Bools = np.zeros(self.slots, np.bool_)
-        self._order = np.zeros(self.slots, np.int32)
         self._scratch = np.empty((BLOCK, WORDS), np.uint64)
         self._full_sync: int | None = None  # number of the one that has begun and not ended
         self._full_sync_ns = 0
+        self._full_sync_in: int | None = None  # number of the last one that ended
         self.count = 0
         self.synced = False  # a full sync is in, and nothing was missed since
         self.connected = False
@@ -81,37 +81,46 @@ class Replica:
 
     def put(self, records: Records, now_ns: int) -> None:
         """The origin's rows of n slots. Raises ProtocolError when a slot stands there twice."""
-        slots = self._distinct(records["slot"].astype(np.int64))
+        slots = _distinct(records["slot"].astype(np.int64))
         new = words(records)
-        # Into memory that is there: fresh pages for each frame would cost more than the comparison.
-        room = self._scratch[: len(slots)] if len(slots) <= len(self._scratch) else None
-        old = self._words.take(slots, axis=0, out=room, mode="clip")
-        was = self.present[slots]
-        known = (old[:, 0] >> np.uint64(32)).astype(np.uint32)
-        ahead = (records["generation"] - known).astype(np.int32)
-        accept = (known == 0) | (ahead > 0) | (was & (ahead == 0))
-        if not accept.all():
+        was = self.present.take(slots)
+        before = int(np.count_nonzero(was))
+        known = self.generation[slots]
+        ahead = (records["generation"] - known).view(np.int32)
+        accept = (known == 0) | (ahead >= was.view(np.int8) ^ 1)
+        if int(np.count_nonzero(accept)) < len(slots):
             self.counters["stale"] += int(np.count_nonzero(~accept))
-            slots, old, new, was, ahead = slots[accept], old[accept], new[accept], was[accept], ahead[accept]
-        _, changed = differences(old, new, out=old)
-        fresh = ~was | (ahead != 0)
-        changed |= fresh
-        self._rows[slots] = new.view(_ROW).reshape(len(slots))
-        self.present[slots] = True
-        self._named[slots] = True
+            slots, new, was, ahead = slots[accept], new[accept], was[accept], ahead[accept]
+            before = int(np.count_nonzero(was))
+        fresh = ~was
+        if before:
+            fresh |= ahead != 0
         created = int(np.count_nonzero(fresh))
-        updated = int(np.count_nonzero(changed)) - created
-        self.count += len(slots) - int(np.count_nonzero(was))
+        updated = 0
+        changed: Bools | None = None
+        if created < len(slots):  # what is new as a whole need not be compared
+            # Into memory that is there: fresh pages for each frame would cost more than the comparison.
+            room = self._scratch[: len(slots)] if len(slots) <= len(self._scratch) else None
+            old = self._words.take(slots, axis=0, out=room, mode="clip")
+            changed = differences(old, new, out=old)[1]
+            changed |= fresh
+            updated = int(np.count_nonzero(changed)) - created
+        self._rows[slots] = new.view(_ROW).reshape(len(slots))
+        if before < len(slots):
+            self.present[slots] = True
+            self.count += len(slots) - before
+        if self._full_sync is not None:
+            self._named[slots] = True
         self.counters["created"] += created
         self.counters["updated"] += updated
         self.counters["unchanged"] += len(slots) - created - updated
-        if created + updated < len(slots):
+        if changed is not None and created + updated < len(slots):
             slots, fresh = slots[changed], fresh[changed]
         self.pending.mark(slots, now_ns, fresh)
 
     def end(self, slots: Slots, generations: Generations, now_ns: int) -> None:
         """Sessions that ended: those generations and all before. Raises ProtocolError when a slot is named twice."""
-        slots = self._distinct(slots)
+        slots = _distinct(slots)
         known = self.generation[slots]
         accept = (known == 0) | ((generations - known).astype(np.int32) >= 0)
         self.counters["stale"] += int(np.count_nonzero(~accept))
@@ -129,9 +138,11 @@ class Replica:
 
     def end_full_sync(self, number: int, now_ns: int) -> int:
         """Drop what was not named; how long it all took. Raises ProtocolError if no such full sync was begun."""
+        if number == self._full_sync_in and self._full_sync is None:
+            return 0  # its acknowledgement was lost with the connection, so it comes again
         if number != self._full_sync:
             raise ProtocolError(Fault.UNEXPECTED, f"the end of full sync {number}, which did not begin")
-        self._full_sync = None
+        self._full_sync, self._full_sync_in = None, number
         gone = np.flatnonzero(self.present & ~self._named)
         self.present[gone] = False
         # The origin said nothing of how these ended: whatever it names there next is right.
@@ -156,12 +167,14 @@ class Replica:
         self.counters["aged"] += len(gone)
         return len(gone)
 
-    def _distinct(self, slots: Slots) -> Slots:
-        ordinals = np.arange(len(slots), dtype=np.int32)
-        self._order[slots] = ordinals
-        if not (self._order[slots] == ordinals).all():
+
+def _distinct(slots: Slots) -> Slots:
+    rising = slots[1:] > slots[:-1]
+    if not rising.all():
+        order = np.sort(slots)
+        if (order[1:] == order[:-1]).any():
             raise ProtocolError(Fault.RECORD, "a slot named twice in one frame")
-        return slots
+    return slots
 
 
 class Replicas:
