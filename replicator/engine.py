@@ -82,6 +82,7 @@ class Engine:
         self._ready: list[Buffer] = []
         self._events: deque[Event] = deque()
         self._heard_ns = self._said_ns = self._awake_ns = 0
+        self._sequence = 0  # of the last frame that counts, sent or taken; a heartbeat says it
 
     @property
     def closed(self) -> bool:
@@ -116,7 +117,7 @@ class Engine:
             else:
                 self._produce(now_ns)
                 if not self._ready and self.state is not State.HELLO and self._beat_due_ns <= now_ns:
-                    self._ready.append(wire.pack(Opcode.HEARTBEAT))
+                    self._ready.append(wire.pack(Opcode.HEARTBEAT, self._sequence))
         ready, self._ready = self._ready, []
         if ready:
             self._said_ns = now_ns

@@ -75,7 +75,6 @@ class Sender(Engine):
             raise ValueError("a sender introduces itself as one, with the slots of its table")
         self._table, self._dirty = table, dirty
         self._told = np.zeros(table.slots, np.bool_)  # slots in which the peer may believe a session to be
-        self._sequence = 0  # of the last frame that counts
         self._acknowledged = 0
         self._flight: deque[_InFlight] = deque()
         self._flight_bytes = 0
@@ -162,13 +161,13 @@ class Sender(Engine):
             if frame.opcode is not Opcode.HELLO:
                 raise ProtocolError(Fault.UNEXPECTED, f"{frame.opcode.name} before HELLO")
             self._introduced(wire.parse_hello(frame.body), now_ns)
-        elif frame.opcode is Opcode.ACK:
+        elif frame.opcode in (Opcode.ACK, Opcode.HEARTBEAT):  # a heartbeat says again what was acknowledged
             self._acknowledge(frame.sequence, now_ns)
         elif frame.opcode is Opcode.RESYNC:
             reason = wire.parse_resync(frame.body)
             self.counters["resyncs_requested"] += 1
             self.resync(SyncReason(reason) if reason in set(SyncReason) else SyncReason.REQUESTED)
-        elif frame.opcode is not Opcode.HEARTBEAT:
+        else:
             raise ProtocolError(Fault.UNEXPECTED, f"{frame.opcode.name} from a receiver")
 
     def _introduced(self, peer: Hello, now_ns: int) -> None:
@@ -333,7 +332,7 @@ class Receiver(Engine):
         super().__init__(replicas.me, settings or LinkSettings())
         self.replica: Replica | None = None
         self._replicas = replicas
-        self._sequence = self._acknowledged = 0
+        self._acknowledged = 0
         self._gap = False  # something was missed since the last SNAPSHOT_BEGIN
         self._start(now_ns)
 
@@ -357,10 +356,13 @@ class Receiver(Engine):
         elif self.replica.owner is not self:
             self._refuse(Reason.REPLACED, "a newer connection has taken over", now_ns)
         elif frame.opcode in SEQUENCED:
-            if self._in_order(frame.sequence):
+            if self._in_order(frame.sequence, self.replica):
                 self._take(frame, self.replica, now_ns)
         elif frame.opcode is not Opcode.HEARTBEAT:
             raise ProtocolError(Fault.UNEXPECTED, f"{frame.opcode.name} from a sender")
+        elif self._gap or frame.sequence > self._sequence:  # all that was sent should be here, and is not
+            self._sequence = max(self._sequence, frame.sequence)
+            self._missed(self.replica)
 
     def _introduced(self, peer: Hello, now_ns: int) -> None:
         refusal = self._check(peer, Role.SENDER)
@@ -377,20 +379,24 @@ class Receiver(Engine):
         self._ready.append(wire.pack_hello(replace(self.me, replica=self.replica.number)))
         self._events.append(Up(peer, None))
 
-    def _in_order(self, sequence: int) -> bool:
+    def _in_order(self, sequence: int, replica: Replica) -> bool:
         """Whether a frame is to be taken; asks for a full sync when one before it is missing."""
         if sequence <= self._sequence:
             self.counters["duplicates"] += 1
             return False
         if sequence != self._sequence + 1 and not self._gap:
-            self._gap = True
-            self.counters["gaps"] += 1
-            self._ready.append(wire.pack_resync(SyncReason.GAP))
-            self.state = State.SYNCING
-            if self.replica is not None:
-                self._replicas.distrust(self.replica)
+            self._missed(replica)
         self._sequence = sequence
         return True
+
+    def _missed(self, replica: Replica) -> None:
+        """Something was: ask for a full sync, and again where it should be there and is not."""
+        self._ready.append(wire.pack_resync(SyncReason.GAP))
+        if not self._gap:
+            self._gap = True
+            self.counters["gaps"] += 1
+            self.state = State.SYNCING
+            self._replicas.distrust(replica)
 
     def _take(self, frame: Frame, replica: Replica, now_ns: int) -> None:
         if frame.opcode is Opcode.DELETE:
@@ -405,7 +411,8 @@ class Receiver(Engine):
         elif frame.opcode is Opcode.SNAPSHOT_END:
             number = wire.parse_snapshot_end(frame.body)
             if self._gap:
-                return  # the next one is on its way
+                self._missed(replica)  # not the one we asked for, or part of that was missed too
+                return
             took_ns = replica.end_full_sync(number, now_ns)
             self.state = State.LIVE
             self._events.append(Synced(replica.count, took_ns, self._replicas.synced(replica, now_ns)))

@@ -470,6 +470,71 @@ def test_a_missing_frame_is_noticed_and_repaired(joined: Joined) -> None:
     assert joined.replica.link_up
 
 
+def test_a_last_frame_that_is_missing_is_noticed_by_the_heartbeat(joined: Joined) -> None:
+    joined.put(sessions(1))
+    joined.pump()
+    joined.down.clear()
+    for _ in range(150):  # an old release's heartbeat says 0, which changes nothing
+        joined.quiet(1)
+    joined.check_equal()
+    assert joined.sender.settled
+    assert joined.sender.full_sync_reason is SyncReason.GAP
+
+
+def test_a_last_acknowledgement_that_is_missing_comes_with_the_heartbeat(joined: Joined) -> None:
+    joined.put(sessions(1))
+    joined.pump()
+    while joined.down:
+        assert joined.receiver is not None
+        joined.receiver.receive(joined.down.popleft(), joined.now_ns)
+    assert joined.receiver is not None
+    assert joined.receiver.outgoing(joined.now_ns)  # lost
+    joined.quiet(150)
+    assert joined.sender.settled
+    assert joined.sender.counters["full_syncs"] == 1
+
+
+@pytest.mark.parametrize("lost", [Opcode.RESYNC, Opcode.SNAPSHOT_BEGIN, Opcode.SNAPSHOT_END])
+def test_a_repair_that_is_lost_too_is_asked_for_again(joined: Joined, lost: Opcode) -> None:
+    joined.put(sessions(3))
+    joined.pump()
+    joined.down.clear()
+    missing = 1
+    for _ in range(300):
+        joined.now_ns += 20 * MS
+        joined.pump()
+        for queue in (joined.down, joined.up):
+            for frame in list(queue):
+                if missing and frame[3] == lost:
+                    queue.remove(frame)
+                    missing -= 1
+        joined.deliver()
+    assert not missing
+    joined.check_equal()
+    assert joined.sender.settled
+    assert joined.replica.link_up
+
+
+def test_the_end_of_a_full_sync_may_come_again_after_a_reconnect() -> None:
+    joined = Joined(window_frames=1)
+    joined.put(sessions(5))
+    joined.connect()
+    assert joined.receiver is not None
+    while joined.receiver.state is not State.LIVE:
+        joined.deliver()
+        joined.now_ns += 20 * MS
+        joined.pump()
+        while joined.down:
+            joined.receiver.receive(joined.down.popleft(), joined.now_ns)
+    joined.cut()  # the acknowledgement of the end is on its way
+    joined.connect()
+    joined.quiet()
+    joined.check_equal()
+    assert joined.sender.settled
+    assert joined.sender.counters["full_syncs"] == 1
+    assert joined.replica.counters["full_syncs"] == 1
+
+
 def test_a_frame_that_comes_twice_or_late_changes_nothing(joined: Joined) -> None:
     joined.put(sessions(1))
     joined.pump()
