@@ -40,6 +40,7 @@ from replicator.node import Node, Parts
 from replicator.replica import Replicas
 from replicator.rundir import RunDir
 from replicator.seal import Party
+from replicator.sharing import Sharing
 from replicator.transport.address import Address, resolve
 from replicator.transport.choose import Mode, Transport, Where
 from replicator.transport.tls import Tls
@@ -80,6 +81,7 @@ class Options:
     layout: str | None = None
     ring_pages: int = RING_PAGES
     require_peer_s: float | None = None
+    replicas: int | None = None  # of each session; None: at all peers
     keys: str | None = None  # directory; None: the usual one
     insecure: bool = False
     version: str = ""
@@ -208,12 +210,14 @@ class _Attachment:
         modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
         collector = Collector(pool, probes.ring(), table, modes=modes, workers=target.workers(), lost=probes.lost)
         outbound = [Outbound(dialer, Sender(table, table.add_peer(dialer.address), me), CLOCK) for dialer in dialers]
+        partly = options.replicas is not None and options.replicas < len(outbound)
+        sharing = Sharing(table, outbound, options.replicas) if partly and options.replicas else None
         links = Links(
             outbound,
             replicas,
             listener=listener,
             make_receiver=lambda: Receiver(replicas, now_ns=CLOCK()),
-            shared=lambda: int(table.shared.sum()),
+            sharing=sharing,
         )
         if listener is not None:
             log.info("listening for peers on %s", listener.address)

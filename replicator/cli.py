@@ -20,6 +20,7 @@ import click
 from probes.errors import DpvsProbeError
 from replicator import render
 from replicator.admin import Line, ask
+from replicator.cli_decode import decode
 from replicator.cli_keys import keys
 from replicator.rundir import ENVIRONMENT, RunDir
 from replicator.transport.choose import Mode, parse
@@ -58,6 +59,7 @@ def cli() -> None:
 
 
 cli.add_command(keys)
+cli.add_command(decode)
 
 
 @cli.command()
@@ -69,6 +71,10 @@ cli.add_command(keys)
     help="How links travel: rdma is set up over TCP at the same addresses; shm is for nodes on one host, at shm:/PATH.",
 )  # fmt: skip
 @click.option("--rdma-device", metavar="NAME[:PORT]", help="Device for --mode rdma; the first that is up if not given.")
+@click.option(
+    "--replicas", type=click.IntRange(min=1), metavar="K",
+    help="Peers that hold each session; all of them if not given. A peer that is away is stood in for by others.",
+)  # fmt: skip
 @click.option("--no-inject", is_flag=True, help="Keep peers' sessions in tables only: load no agent into DPVS.")
 @click.option("--node", help="Name of this node, not used by any peer; the host name if not given.")
 @run_dir_option
@@ -114,6 +120,7 @@ def attach(**given: Any) -> int:
         rdma_device=given["rdma_device"],
         peers=tuple(dict.fromkeys(parse(mode, peer) for peer in peers)),
         listen=parse(mode, listen, listen=True) if listen else None,
+        replicas=given["replicas"],
         inject=not given["no_inject"],
         node=given["node"],
         run_dir=RunDir(given["run_dir"]),

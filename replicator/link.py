@@ -23,12 +23,12 @@ Rules:
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from collector.record import Bools, pick
+from collector.record import Bools, Slots, pick
 from collector.table import Dirty, SessionTable, Taken
 
 from . import codec, wire
@@ -36,7 +36,7 @@ from .codec import ENDED, IPV4, IPV6, SIZES, Buffer
 from .compression import Pays
 from .engine import Down, Engine, Event, LinkSettings, State, Synced, Up
 from .histogram import Histogram
-from .replica import LinkRefused, Replica, Replicas
+from .replica import Generations, LinkRefused, Replica, Replicas
 from .wire import SEQUENCED, Fault, Frame, Hello, Opcode, ProtocolError, Reason, Role, SyncReason
 
 __all__ = ["Down", "Event", "LinkSettings", "Receiver", "Sender", "State", "Synced", "Up"]
@@ -53,9 +53,10 @@ class _InFlight:
 
 _TOLD_NOTHING = Dirty(0).claim(0)
 CLAIM = 4096  # slots taken from the marks at once
+Picks = Callable[[Slots], Bools]  # for the slots of n sessions: which of them a peer is to hold
 
 
-def _chosen(taken: Taken, which: Bools | slice) -> Taken:
+def _chosen(taken: Taken, which: Bools | Slots | slice) -> Taken:
     return Taken(taken.slots[which], taken.since_ns[which], taken.fresh[which])
 
 
@@ -75,6 +76,7 @@ class Sender(Engine):
             raise ValueError("a sender introduces itself as one, with the slots of its table")
         self._table, self._dirty = table, dirty
         self._told = np.zeros(table.slots, np.bool_)  # slots in which the peer may believe a session to be
+        self._picks: Picks | None = None
         self._acknowledged = 0
         self._flight: deque[_InFlight] = deque()
         self._flight_bytes = 0
@@ -112,6 +114,18 @@ class Sender(Engine):
     def resync(self, reason: SyncReason = SyncReason.REQUESTED) -> None:
         """Make a full sync as soon as possible."""
         self._due = reason
+
+    def share(self, picks: Picks | None) -> None:
+        """From now on tell the peer only of those sessions that ``picks`` says (None: of all), and have it drop what it
+        holds of others. What is said of a session must not change as long as the session and ``picks`` are the same.
+        """
+        self._picks = picks
+        self._due = self._due or SyncReason.SHARED_ANEW
+
+    @property
+    def share_count(self) -> int:
+        """How many of our sessions the peer is to hold."""
+        return int(np.count_nonzero(self._share()))
 
     @property
     def pending(self) -> int:
@@ -208,6 +222,8 @@ class Sender(Engine):
         self._compress.acknowledged(size, now_ns)
         if self._end_sequence is not None and sequence >= self._end_sequence:
             self._snapshot = self._end_sequence = None
+            if self._picks is not None:
+                self._told &= self._share() | ~self._table.shared  # of others' sessions it holds none any more
             self.last_sync_ns = now_ns - self._snapshot_ns
             self._events.append(Synced(self._snapshot_sessions, self.last_sync_ns))
             self._settle_state()
@@ -252,28 +268,27 @@ class Sender(Engine):
         self.full_sync_reason = reason
         self.counters["full_syncs"] += 1
         self._snapshots += 1
-        self._snapshot, self._snapshot_ns, self._snapshot_sessions = self._snapshots, now_ns, self._table.count
+        share = self._share()
+        self._snapshot, self._snapshot_ns = self._snapshots, now_ns
+        self._snapshot_sessions = int(np.count_nonzero(share))
         self._end_sequence = None
         if reason in (SyncReason.FIRST, SyncReason.PEER_RESTARTED):
             self._told[:] = False
-        self._dirty.owe(self._table.shared)
+        self._dirty.owe(share)
         self._begin_sequence = self._sequence + 1
         self._send(wire.pack_snapshot_begin(self._begin_sequence, self._snapshot, reason), _TOLD_NOTHING)
         self._settle_state()
 
     def _tell(self, taken: Taken) -> None:
         """Frames for slots whose marks were just taken: ends first, as another slot may have the same tuple now."""
+        if self._picks is not None:
+            taken = self._ours(taken, self._picks)
         shared = self._table.shared[taken.slots]
         told = self._told[taken.slots]
         self._told[taken.slots] = shared
         if not shared.all():
             gone = _chosen(taken, ~shared & told)  # one that came and went between two frames is not worth a word
-            for part in codec.batches(ENDED, len(gone.slots), self.settings.body_bytes):
-                batch = _chosen(gone, part)
-                generations = self._table.generation[batch.slots]
-                sequence = self._sequence + 1
-                self._send(codec.pack_deletes(sequence, batch.slots, generations), batch)
-                self.counters["deleted"] += len(batch.slots)
+            self._say_ended(gone, self._table.generation[gone.slots])
             taken, told = _chosen(taken, shared), told[shared]
         if len(taken.slots) == 0:
             return
@@ -293,6 +308,43 @@ class Sender(Engine):
                     sequence, plain = self._sequence + 1, rows[part]
                     frame = codec.pack_records(opcode, sequence, plain, kind, compress=compress)
                     self._send(frame, _chosen(group, part), len(plain) * SIZES[kind])
+
+    def _share(self) -> Bools:
+        """What the peer is to hold: one flag a slot."""
+        if self._picks is None:
+            return self._table.shared
+        slots = np.flatnonzero(self._table.shared)
+        share = np.zeros(self._table.slots, np.bool_)
+        share[slots[self._picks(slots)]] = True
+        return share
+
+    def _ours(self, taken: Taken, picks: Picks) -> Taken:
+        """Without the sessions of other peers.
+
+        Where this peer was told of one that had such a slot before, that one has ended. If it was told of this very
+        one, because the shares were other ones then, it drops it at the end of the full sync that begins with the new
+        shares: it has not ended, so that must not be said.
+        """
+        there = np.flatnonzero(self._table.shared[taken.slots])
+        others = there[~picks(taken.slots[there])]
+        if len(others) == 0:
+            return taken
+        before = self._table.generation[taken.slots[others]] - np.uint32(1)
+        told = self._told[taken.slots[others]] & (before > 0)
+        ended = _chosen(taken, others[told])
+        if self._due is None and self._snapshot is None:
+            self._told[ended.slots] = False
+        self._say_ended(ended, before[told])
+        ours = np.ones(len(taken.slots), np.bool_)
+        ours[others] = False
+        return _chosen(taken, ours)
+
+    def _say_ended(self, gone: Taken, generations: Generations) -> None:
+        """These generations of n slots have ended, and all before."""
+        for part in codec.batches(ENDED, len(gone.slots), self.settings.body_bytes):
+            batch = _chosen(gone, part)
+            self._send(codec.pack_deletes(self._sequence + 1, batch.slots, generations[part]), batch)
+            self.counters["deleted"] += len(batch.slots)
 
     def _send(self, frame: Buffer, told: Taken, plain_bytes: int = 0) -> None:
         self._sequence += 1

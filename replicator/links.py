@@ -9,17 +9,20 @@ once, not at each attempt. An engine is fed only as fast as its connection takes
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from probes.errors import DpvsProbeError
 from replicator.admin import Line
 from replicator.link import Down, Event, Receiver, Sender, Synced, Up
 from replicator.replica import Replica, Replicas
+from replicator.sharing import Sharing
 from replicator.transport.interface import Backoff, Connection, Dialer, LinkLost, Listener, PeerUnreachable
+from replicator.wire import Reason
 
 Clock = Callable[[], int]
 MAX_INBOUND = 128
+MAX_NODES = 256  # whose counters are kept apart
 MAX_SAID = 1000
 AGE_S = 1.0
 LONGEST_WAIT_S = 1.0
@@ -106,6 +109,24 @@ def _ignore(_: Event) -> None:
     pass
 
 
+class _Ends(Counter[str]):
+    """How connections ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.update(lost=0, refused=0, refused_by_peer=0)
+
+    def note(self, event: Down) -> None:
+        """Count one end: ``lost``, or ``refused`` by whom, and why."""
+        if event.refused is None:
+            self["lost"] += 1
+            return
+        who = "refused_by_peer" if event.by_peer else "refused"
+        self[who] += 1
+        why = Reason(event.refused).name.lower() if event.refused in set(Reason) else str(event.refused)
+        self[f"{who}_{why}"] += 1
+
+
 class Outbound:
     """One peer that we send our sessions to."""
 
@@ -120,13 +141,17 @@ class Outbound:
         self.note = ""
         self.node: str | None = None
         self.since_ns = clock()
+        self.counters = _Ends()
+        self.counters.update(dials=0, dials_failed=0)
 
     async def run(self) -> None:
         """Dial, talk, dial again; for ever."""
         while True:
+            self.counters["dials"] += 1
             try:
                 connection = await self._dialer.dial()
             except PeerUnreachable as error:
+                self.counters["dials_failed"] += 1
                 self._trouble(str(error))
             else:
                 self._connection = connection
@@ -136,6 +161,15 @@ class Outbound:
                 self._bytes_before += connection.bytes_sent
                 self._connection = None
             await asyncio.sleep(self._backoff.wait_s())
+
+    @property
+    def address(self) -> str:
+        """Of the peer, as it was given."""
+        return self._dialer.address
+
+    def down_ns(self, now_ns: int) -> int | None:
+        """For how long the peer has not been there; None if it is."""
+        return now_ns - self.since_ns if self._connection is None or self.sender.peer is None else None
 
     def poke(self) -> None:
         """The table may have changed."""
@@ -151,7 +185,7 @@ class Outbound:
         """All that this peer can be told, it has acknowledged; a peer that is not there can be told nothing."""
         return self._connection is None or self.sender.settled
 
-    def row(self, now_ns: int, sessions: int) -> Line:
+    def row(self, now_ns: int) -> Line:
         """For the command ``peers``."""
         counters, latency = self.sender.counters, self.sender.latency
         connection = self._connection
@@ -161,14 +195,14 @@ class Outbound:
             "address": self._dialer.address,
             "state": self.sender.state.value if connection else "down",
             "for_s": round((now_ns - self.since_ns) / 1e9, 1),
-            "sessions": sessions,
+            "sessions": self.sender.share_count,
             "waiting": self.sender.pending,
             "records": counters["created"] + counters["updated"] + counters["deleted"],
             "bytes": self._bytes_before + (connection.bytes_sent if connection else 0),
             "note": self.note,
             "event_to_peer_p50_ms": round(latency.percentile_ns(50) / 1e6, 3) if latency.count else None,
             "event_to_peer_p99_ms": round(latency.percentile_ns(99) / 1e6, 3) if latency.count else None,
-            "link": dict(self.sender.report()),
+            "link": {**self.sender.report(), **self.counters},
         }
 
     def _on_event(self, event: Event) -> None:
@@ -181,6 +215,7 @@ class Outbound:
         elif isinstance(event, Synced):
             log.info("peer %s has all %d sessions, after %.0f ms", self.node, event.sessions, event.took_ns / 1e6)
         elif isinstance(event, Down):
+            self.counters.note(event)
             who = f"peer {self.node} ({self._dialer.address})" if self.node else f"peer {self._dialer.address}"
             if event.refused is not None:
                 self._trouble(f"{who} {'refuses us' if event.by_peer else 'is refused'}: {event.why}")
@@ -199,9 +234,19 @@ class Outbound:
 class _Inbound:
     """One peer that has dialled us."""
 
-    def __init__(self, receiver: Receiver, connection: Connection, clock: Clock, said: set[str]) -> None:
-        """``said``: complaints that were made already, shared by all links."""
+    def __init__(
+        self,
+        receiver: Receiver,
+        connection: Connection,
+        clock: Clock,
+        said: set[str],
+        counters: Callable[[str | None], "_Ends"],
+    ) -> None:
+        """``said``: complaints that were made already, shared by all links; ``counters``: those of a node, or of all
+        who never said who they are.
+        """
         self.receiver, self.connection, self._clock, self._said = receiver, connection, clock, said
+        self._counters = counters
         receiver.proven_node = connection.node
         self.node: str | None = None
         self.since_ns = clock()
@@ -210,11 +255,13 @@ class _Inbound:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Up):
             self.node, self.since_ns = event.peer.node, self._clock()
+            self._counters(self.node)["connections"] += 1
             self._said.clear()
             log.info("peer %s (%s) is up, it sends us its sessions", self.node, self.connection.remote)
         elif isinstance(event, Synced):
             log.info("%d sessions of peer %s are here, after %.0f ms", event.sessions, self.node, event.took_ns / 1e6)
         elif isinstance(event, Down):
+            self._counters(self.node).note(event)
             if event.refused is not None:
                 side = "ended the link" if event.by_peer else "is refused"
                 self._complain(f"peer {self.node or self.connection.remote.rpartition(':')[0]} {side}: {event.why}")
@@ -242,17 +289,19 @@ class Links:
         *,
         listener: Listener | None = None,
         make_receiver: Callable[[], Receiver] | None = None,
-        shared: Callable[[], int] = lambda: 0,
+        sharing: Sharing | None = None,
         clock: Clock = time.monotonic_ns,
     ) -> None:
-        """``listener``: started already; ``make_receiver``: an engine for a new connection; ``shared``: how many of
-        our sessions peers are told of.
+        """``listener``: started already; ``make_receiver``: an engine for a new connection; ``sharing``: where not all
+        peers hold all sessions.
         """
         self._outbound = list(outbound)
         self._replicas = replicas
         self._listener, self._make_receiver = listener, make_receiver
-        self._shared, self._clock = shared, clock
+        self._sharing, self._clock = sharing, clock
         self._inbound: dict[asyncio.Task[None], _Inbound] = {}
+        self._ended: dict[str | None, _Ends] = {}  # by node; None: who never said a name
+        self._crowded = 0
         self._said: set[str] = set()
 
     def replicas(self) -> Iterable[Replica]:
@@ -295,48 +344,77 @@ class Links:
         """One line a link, and one for each replica whose link is gone. ``injecting``: what waits in a replica is taken
         from there.
         """
-        shared = self._shared()
-        rows = [link.row(now_ns, shared) for link in self._outbound]
+        rows = [link.row(now_ns) for link in self._outbound]
+        if self._sharing is not None:
+            for row, link in zip(rows, self._outbound, strict=True):
+                row["share"] = round(self._sharing.part(link.address), 4)
         live = {id(link.receiver): link for link in self._inbound.values()}
         for replica in self._replicas:
-            link = live.get(id(replica.owner))
-            row: dict[str, Any] = {
+            arrived = live.get(id(replica.owner))
+            counters = Counter(self._of(replica.node))
+            counters.update(arrived.receiver.counters if arrived else {})
+            row = {
                 "direction": "from",
                 "node": replica.node,
-                "address": link.connection.remote if link else None,
-                "state": link.receiver.state.value if link else "gone",
+                "address": arrived.connection.remote if arrived else None,
+                "state": arrived.receiver.state.value if arrived else "gone",
                 "for_s": round((now_ns - replica.since_ns) / 1e9, 1),
                 "sessions": replica.count,
                 "waiting": replica.pending.pending if injecting else None,
                 "records": sum(replica.counters[name] for name in ("created", "updated", "deleted")),
-                "bytes": link.connection.bytes_received if link else None,
+                "bytes": arrived.connection.bytes_received if arrived else None,
                 "note": "" if replica.synced else "not complete",
-                "link": {**replica.counters, **(link.receiver.report() if link else {})},
+                "link": {**replica.counters, **counters},
             }
             rows.append(row)
+        if self._listener is not None:
+            rows.append(self._door(self._listener))
         return rows
+
+    def _door(self, listener: Listener) -> Line:
+        """What came to nothing before it was a peer."""
+        strangers = self._of(None)
+        refused = sum(listener.refused.values()) + strangers["refused"] + strangers["refused_by_peer"] + self._crowded
+        return {
+            "direction": "listen",
+            "address": listener.address,
+            "state": "listening",
+            "note": f"{refused} refused" if refused else "",
+            "link": {**strangers, "crowded": self._crowded, "refused_at_the_door": dict(listener.refused)},
+        }
+
+    def _of(self, node: str | None) -> _Ends:
+        if node not in self._ended and len(self._ended) > MAX_NODES:
+            node = None
+        return self._ended.setdefault(node, _Ends())
 
     async def _accept(self, listener: Listener, make_receiver: Callable[[], Receiver]) -> None:
         while True:
             connection = await listener.accept()
             if len(self._inbound) >= MAX_INBOUND:
+                self._crowded += 1
                 log.warning("connection from %s refused: %d are open", connection.remote, len(self._inbound))
                 await connection.close()
                 continue
-            link = _Inbound(make_receiver(), connection, self._clock, self._said)
+            link = _Inbound(make_receiver(), connection, self._clock, self._said, self._of)
             task = asyncio.create_task(link.driver.drive(connection))
             self._inbound[task] = link
             task.add_done_callback(self._on_inbound_end)
 
     def _on_inbound_end(self, task: asyncio.Task[None]) -> None:
         link = self._inbound.pop(task)
+        self._of(link.node).update(link.receiver.counters)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("link from %s failed", link.connection.remote, exc_info=error)
 
     async def _age(self) -> None:
         while True:
             await asyncio.sleep(AGE_S)
-            self._replicas.age(self._clock())
+            now = self._clock()
+            self._replicas.age(now)
+            if self._sharing is not None:
+                self._sharing.tick(now)
+                self.poke()
 
 
 async def reach_any(dialers: Iterable[Dialer], within_s: float) -> None:

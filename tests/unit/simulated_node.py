@@ -17,6 +17,7 @@ from replicator.link import Receiver, Sender
 from replicator.links import Links, Outbound
 from replicator.node import Injector, Node, Parts
 from replicator.replica import Replica, Replicas
+from replicator.sharing import AWAY_NS, Sharing
 from replicator.transport.address import Address
 from replicator.transport.interface import Backoff
 from replicator.transport.tcp import TcpDialer, TcpListener
@@ -62,7 +63,10 @@ class SimulatedNode:
         injector: Injector | None = None,
         dpvs: LiveDpvs | None = None,
         admin_name: str | None = None,
+        share: int | None = None,
+        away_ns: int = AWAY_NS,
     ) -> None:
+        """``share``: peers that hold each session, if not all."""
         self.name, self.slots = name, slots
         self.dpvs = dpvs or LiveDpvs(slots)
         self.table = SessionTable(slots)
@@ -82,12 +86,13 @@ class SimulatedNode:
         self.released = 0
         self.admin_path = directory / (admin_name or f"{name}.sock")
         self.collector = Collector(self.dpvs, self.dpvs, self.table, modes=MODES, workers=WORKERS, lost=self.dpvs.lost)
+        self.sharing = Sharing(self.table, self.outbound, share, away_ns=away_ns) if share else None
         self.links = Links(
             self.outbound,
             self.replicas,
             listener=self.listener,
             make_receiver=lambda: Receiver(self.replicas, now_ns=time.monotonic_ns()),
-            shared=lambda: int(self.table.shared.sum()),
+            sharing=self.sharing,
         )
         self.node = Node(
             Parts(

@@ -17,7 +17,7 @@ from probes.errors import DpvsProbeError
 from replicator.admin import AdminError, ask
 from replicator.transport.address import Address
 from tests.unit.simulated_dpvs import SimulatedDpvs
-from tests.unit.simulated_node import SimulatedNode, until
+from tests.unit.simulated_node import SimulatedNode, Wire, until
 
 
 def run(body: Awaitable[None]) -> None:
@@ -82,21 +82,70 @@ def test_peers(tmp_path: Path) -> None:
                 for slot in range(7):
                     a.dpvs.create(slot, slot)
                 await until(lambda: b.holds(a) and len(a.table) == 7 and a.outbound[0].sender.settled)
-                to_b, to_nobody = await answer(a, "peers")
+                to_b, to_nobody, door = await answer(a, "peers")
                 assert (to_b["direction"], to_b["node"], to_b["address"]) == ("to", "b", str(b.address))
                 assert (to_b["state"], to_b["sessions"], to_b["waiting"], to_b["records"]) == ("live", 7, 0, 7)
                 assert 0 < to_b["event_to_peer_p50_ms"] <= to_b["event_to_peer_p99_ms"] < 5000
                 assert to_nobody["state"] == "down"
+                assert 0 < to_nobody["link"]["dials_failed"] <= to_nobody["link"]["dials"]
+                assert (door["direction"], door["address"], door["note"]) == ("listen", str(a.address), "")
                 assert "cannot reach peer 127.0.0.1:1: connection refused" in to_nobody["note"]
-                (from_a,) = await answer(b, "peers")
+                from_a, _ = await answer(b, "peers")
                 assert (from_a["direction"], from_a["node"], from_a["state"]) == ("from", "a", "live")
                 assert (from_a["sessions"], from_a["waiting"]) == (7, None)
                 assert from_a["bytes"] == to_b["bytes"]
             replica = b.replica_of("a")
             assert replica is not None
             await until(lambda: not replica.connected)
-            (from_a,) = await answer(b, "peers")
+            from_a, _ = await answer(b, "peers")
             assert (from_a["state"], from_a["sessions"]) == ("gone", 7)
+
+    run(body())
+
+
+def test_counters_of_what_went_wrong(tmp_path: Path) -> None:
+    """Each moves when it is made to, on both sides."""
+
+    async def body() -> None:
+        async with (
+            SimulatedNode("b", tmp_path) as b,
+            Wire() as wire,
+            SimulatedNode("a", tmp_path, peers=(wire.address,)) as a,
+        ):
+            wire.to = b.address
+            await until(lambda: b.holds(a))
+            to_b, from_a, door = (*(await answer(a, "peers"))[:1], *await answer(b, "peers"))
+            assert (to_b["link"]["connections"], to_b["link"]["lost"]) == (1, 0)
+            assert (from_a["link"]["connections"], from_a["link"]["lost"]) == (1, 0)
+            assert door["link"] == {
+                "lost": 0, "refused": 0, "refused_by_peer": 0, "crowded": 0, "refused_at_the_door": {},
+            }  # fmt: skip
+
+            wire.cut()
+            await until(lambda: a.outbound[0].sender.counters["partial_syncs"] == 1 and b.holds(a))
+            a.dpvs.create(1, 1)
+            await until(lambda: b.holds(a) and a.outbound[0].sender.settled)
+            to_b, from_a, door = (*(await answer(a, "peers"))[:1], *await answer(b, "peers"))
+            assert (to_b["link"]["connections"], to_b["link"]["lost"]) == (2, 1)
+            assert (from_a["link"]["connections"], from_a["link"]["lost"]) == (2, 1)
+            assert from_a["link"]["records_received"] == 1
+
+            b.links._said.clear()
+            async with SimulatedNode("b", tmp_path, peers=(b.address,), admin_name="other.sock") as same_name:
+                await until(lambda: same_name.outbound[0].counters["refused_by_peer"] > 0)
+                (to_b, _), (_, door) = await answer(same_name, "peers"), await answer(b, "peers")
+                assert to_b["link"]["refused_by_peer_same_node"] == to_b["link"]["refused_by_peer"]
+                assert door["link"]["refused_same_node"] > 0
+                assert door["note"].endswith(" refused")
+
+            before = door["link"]["refused"]
+            _, writer = await asyncio.open_connection(b.address.host, b.address.port)
+            writer.write(b"GET / HTTP/1.0\r\n\r\n")
+            await until(lambda: b.links._of(None)["refused_protocol"] == 1)
+            writer.close()
+            _, door = await answer(b, "peers")
+            assert door["link"]["refused"] > before
+            assert door["link"]["protocol_errors"] == 1
 
     run(body())
 
