@@ -44,7 +44,7 @@ class Opcode(IntEnum):
 
 
 # Least and most bytes of a body.
-_BODY = {
+BODY_BYTES = {
     Opcode.HELLO: (_HELLO.size + 1, 1024),  # longer than we know: from a later version, the rest is not looked at
     Opcode.ACK: (0, 0),
     Opcode.HEARTBEAT: (0, 0),
@@ -56,7 +56,7 @@ _BODY = {
     Opcode.UPDATE: (8, MAX_BODY),
     Opcode.DELETE: (8, MAX_BODY),
 }
-_LIMITS = [_BODY.get(Opcode(code)) if code in set(Opcode) else None for code in range(256)]
+_LIMITS = [BODY_BYTES.get(Opcode(code)) if code in set(Opcode) else None for code in range(256)]
 # Frames that a receiver has to take in order, none missing.
 SEQUENCED = frozenset((Opcode.CREATE, Opcode.UPDATE, Opcode.DELETE, Opcode.SNAPSHOT_BEGIN, Opcode.SNAPSHOT_END))
 
@@ -108,6 +108,7 @@ class SyncReason(IntEnum):
     NOT_HELD = 3  # the peer has let go of what it held of us
     GAP = 4  # the peer missed a frame
     REQUESTED = 5  # the peer or the operator asks for it
+    SHARED_ANEW = 6  # the peers share the sessions among them in another way
 
 
 class Role(IntEnum):
