@@ -83,8 +83,9 @@ _COMPARE[11] &= ~np.uint64(0xFF << 32)  # worker, byte 92
 _COMPARE[1] &= ~np.uint64((HASHED | IN_TIMER | REDIRECT_HASHED) << 48)
 _COMPARE[17] = 0xFF  # pp_sent; the rest is padding, which numpy leaves undefined when it copies fields
 _COMPARE_ROWS = np.tile(_COMPARE, (2048, 1))  # on rows this short, broadcasting costs twice as much as the operation
-# The words that make up the tuple: af, af_out, proto (word 1, lower bytes), addresses (2..9), ports (10).
-_TUPLE_BITS_1 = np.uint64(0xFFFFFF)
+# The words that make up the tuple: af, af_out, proto (word 1, lower bytes), addresses (2..9), ports (10). No session
+# becomes a template, or one of one packet (DPVS sets these flags as it makes one): that is another session too.
+_TUPLE_BITS_1 = np.uint64(0xFFFFFF | (TEMPLATE | ONE_PACKET) << 48)
 _TUPLE_WORDS = np.zeros(WORDS, np.bool_)
 _TUPLE_WORDS[2:11] = True
 _ALL_WORDS = np.ones(WORDS, np.bool_)
@@ -106,7 +107,7 @@ def pick(records: Records, which: Slots | Bools) -> Records:
 
 
 def differences(old: Words, new: Words, out: Words | None = None) -> tuple[Bools, Bools]:
-    """Of n pairs of records as words: (tuple differs, anything that a peer must know differs), each (n,) bool.
+    """Of n pairs of records as words: (another session, anything that a peer must know differs), each (n,) bool.
 
     ``out``: room to work in, (n, 18), may be ``old`` itself; its content is lost.
     """
@@ -125,7 +126,7 @@ def changed(old: Records, new: Records) -> Bools:
 
 
 def same_identity(old: Records, new: Records) -> Bools:
-    """Which of n pairs have the same tuple: families, protocol, four addresses, four ports."""
+    """Which of n pairs have the same tuple (families, protocol, four addresses, four ports) and are of one sort."""
     return ~differences(words(old), words(new))[0]
 
 

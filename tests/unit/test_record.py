@@ -43,6 +43,13 @@ def test_each_field_counts_as_it_should(name: str) -> None:
     assert (record.identity(old).tobytes() != record.identity(new).tobytes()) == (name in TUPLE)
 
 
+@pytest.mark.parametrize("flag", [record.TEMPLATE, record.ONE_PACKET])
+def test_a_session_of_another_sort_is_another_session(flag: int) -> None:
+    old, new = sessions(2), sessions(2)
+    new["flags"][0] |= flag
+    assert record.same_identity(old, new).tolist() == [False, True]
+
+
 def test_flags_that_flicker_do_not_count() -> None:
     old, new = sessions(1), sessions(1)
     new["flags"] ^= record.HASHED | record.IN_TIMER | record.REDIRECT_HASHED
