@@ -34,7 +34,7 @@ from probes.target import Target
 from replicator.inject import Injector
 from replicator.keyfiles import KeysMissing
 from replicator.keys import KEYS_DIRECTORY
-from replicator.link import Receiver, Sender
+from replicator.link import LinkSettings, Receiver, Sender
 from replicator.links import Links, Outbound, reach_any
 from replicator.node import Node, Parts
 from replicator.replica import Replicas
@@ -43,6 +43,7 @@ from replicator.seal import Party
 from replicator.sharing import Sharing
 from replicator.transport.address import Address, resolve
 from replicator.transport.choose import Mode, Transport, Where
+from replicator.transport.interface import PEER_TIMEOUT_S
 from replicator.transport.tls import Tls
 from replicator.wire import MAX_NAME, Hello, Role
 
@@ -81,6 +82,7 @@ class Options:
     layout: str | None = None
     ring_pages: int = RING_PAGES
     require_peer_s: float | None = None
+    link: LinkSettings = field(default_factory=LinkSettings)
     replicas: int | None = None  # of each session; None: at all peers
     keys: str | None = None  # directory; None: the usual one
     insecure: bool = False
@@ -175,7 +177,13 @@ class _Attachment:
         sites = session_sites(target.function)
 
         me = Hello(name, time.time_ns(), Role.SENDER, pool.slots, instance=instance_of(target))
-        transport = Transport(options.mode, tls, Party(name, me.epoch) if tls else None, options.rdma_device)
+        transport = Transport(
+            options.mode,
+            tls,
+            Party(name, me.epoch) if tls else None,
+            options.rdma_device,
+            max(PEER_TIMEOUT_S, options.link.down_ns / 1e9),
+        )
         transport.check()
         dialers = [transport.dialer(peer) for peer in options.peers]
         for peer in options.peers:
@@ -209,14 +217,17 @@ class _Attachment:
         table = SessionTable(pool.slots)
         modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
         collector = Collector(pool, probes.ring(), table, modes=modes, workers=target.workers(), lost=probes.lost)
-        outbound = [Outbound(dialer, Sender(table, table.add_peer(dialer.address), me), CLOCK) for dialer in dialers]
+        outbound = [
+            Outbound(dialer, Sender(table, table.add_peer(dialer.address), me, options.link), CLOCK)
+            for dialer in dialers
+        ]
         partly = options.replicas is not None and options.replicas < len(outbound)
         sharing = Sharing(table, outbound, options.replicas) if partly and options.replicas else None
         links = Links(
             outbound,
             replicas,
             listener=listener,
-            make_receiver=lambda: Receiver(replicas, now_ns=CLOCK()),
+            make_receiver=lambda: Receiver(replicas, options.link, now_ns=CLOCK()),
             sharing=sharing,
         )
         if listener is not None:
@@ -231,6 +242,7 @@ class _Attachment:
                 links=links,
                 admin_path=options.run_dir.socket_path(target.pid),
                 injector=injector,
+                origins=max(1, len(dialers)) if listener is not None else 0,
                 pidfd=target.pidfd,
                 release=pool.close,
                 prove=None if proving.done else proving.again,

@@ -75,6 +75,26 @@ cli.add_command(decode)
     "--replicas", type=click.IntRange(min=1), metavar="K",
     help="Peers that hold each session; all of them if not given. A peer that is away is stood in for by others.",
 )  # fmt: skip
+@click.option(
+    "--sync-batch-size", type=click.IntRange(1, 1 << 16), default=32, show_default=True, metavar="N",
+    help="Changes that go out without waiting for more. On a quiet link each change goes at once.",
+)  # fmt: skip
+@click.option(
+    "--sync-interval", type=click.IntRange(1, 60_000), default=100, show_default=True, metavar="MS",
+    help="Longest wait of a change for others, in milliseconds.",
+)  # fmt: skip
+@click.option(
+    "--compress", type=click.Choice(["auto", "lz4", "none"]), default="auto", show_default=True,
+    help="LZ4 on links: auto, when a link is too slow for what there is to say; always; never.",
+)  # fmt: skip
+@click.option(
+    "--heartbeat", type=click.FloatRange(0.1, 60), default=1.0, show_default=True, metavar="SECONDS",
+    help="A link that has nothing to say says so that often.",
+)  # fmt: skip
+@click.option(
+    "--heartbeat-timeout", type=click.FloatRange(0.5, 300), default=3.0, show_default=True, metavar="SECONDS",
+    help="A link on which nothing was heard for so long is down; twice --heartbeat or more, the same on all nodes.",
+)  # fmt: skip
 @click.option("--no-inject", is_flag=True, help="Keep peers' sessions in tables only: load no agent into DPVS.")
 @click.option("--node", help="Name of this node, not used by any peer; the host name if not given.")
 @run_dir_option
@@ -105,6 +125,7 @@ def attach(**given: Any) -> int:
     Runs in the foreground. Exit status 3 means that the DPVS process ended.
     """
     from replicator.attach import Options, run
+    from replicator.engine import LinkSettings
 
     pages, peers, listen = given["ring_pages"], given["peers"], given["listen"]
     if pages & (pages - 1):
@@ -113,6 +134,8 @@ def attach(**given: Any) -> int:
         raise click.UsageError("--require-peer needs a --peer")
     if given["keys_dir"] and given["insecure"]:
         raise click.UsageError("--keys and --insecure do not go together")
+    if given["heartbeat_timeout"] < 2 * given["heartbeat"]:
+        raise click.UsageError("--heartbeat-timeout must be twice --heartbeat or more")
     mode = Mode(given["mode"])
     options = Options(
         pid=given["pid"],
@@ -121,6 +144,13 @@ def attach(**given: Any) -> int:
         peers=tuple(dict.fromkeys(parse(mode, peer) for peer in peers)),
         listen=parse(mode, listen, listen=True) if listen else None,
         replicas=given["replicas"],
+        link=LinkSettings(
+            batch_changes=given["sync_batch_size"],
+            batch_ns=given["sync_interval"] * 1_000_000,
+            compress={"auto": None, "lz4": True, "none": False}[given["compress"]],
+            heartbeat_ns=int(given["heartbeat"] * 1e9),
+            down_ns=int(given["heartbeat_timeout"] * 1e9),
+        ),
         inject=not given["no_inject"],
         node=given["node"],
         run_dir=RunDir(given["run_dir"]),
@@ -190,10 +220,38 @@ def sessions(pid: int | None, run_dir: str | None, as_json: bool, **wanted: Any)
 @pid_option
 @run_dir_option
 @json_option
-def peers(pid: int | None, run_dir: str | None, as_json: bool) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="All there is to say of each link: every counter, one a line.")
+def peers(pid: int | None, run_dir: str | None, as_json: bool, verbose: bool) -> None:
     """Links with peers: to those that take our sessions, and from those that send us theirs."""
     lines = list(request(pid, run_dir, "peers"))
-    show(map(json.dumps, lines) if as_json else render.table(lines, render.PEER_COLUMNS) if lines else ["no peers"])
+    if as_json:
+        show(map(json.dumps, lines))
+    elif verbose:
+        show(render.outline({render.link_title(line): line for line in lines}))
+    else:
+        show(render.table(lines, render.PEER_COLUMNS) if lines else ["no peers"])
+
+
+@cli.command()
+@pid_option
+@run_dir_option
+@click.option("--wait", type=click.FloatRange(0, 86400), default=0.0, metavar="SECONDS", help="Wait so long for it.")
+def ready(pid: int | None, run_dir: str | None, wait: float) -> int:
+    """Whether this node may get traffic: its own sessions are read, and those of its peers are here.
+
+    Exit status 0 if it is ready, else 1; what is waited for is said. Once ready, a node stays so until its DPVS ends.
+    Peers that do not come are waited for 10 seconds after the start.
+    """
+    deadline = time.monotonic() + wait
+    while True:
+        (line,) = request(pid, run_dir, "status")
+        if line["ready"]:
+            show(["ready"])
+            return 0
+        if time.monotonic() >= deadline:
+            show([f"not ready: {line['waiting_for'] or 'DPVS has ended'}"])
+            return 1
+        time.sleep(0.1)
 
 
 @cli.command()

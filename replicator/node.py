@@ -28,6 +28,7 @@ from probes.errors import DpvsProbeError
 from replicator import query
 from replicator.admin import AdminServer, BadRequest, Line
 from replicator.links import Links
+from replicator.readiness import Readiness
 
 BUSY_S, CALM_S, IDLE_S = 0.001, 0.002, 0.005  # between two ticks: events come, came lately, came long ago
 CALM_AFTER_NS, IDLE_AFTER_NS = 50_000_000, 1_000_000_000
@@ -73,6 +74,7 @@ class Parts:
     links: Links
     admin_path: Path
     injector: Injector | None = None
+    origins: int = 0  # peers expected to send us their sessions
     pidfd: int = -1  # readable once the DPVS has ended; -1: nobody watches
     release: Callable[[], None] = lambda: None  # give back what we hold of the DPVS's memory
     prove: Callable[[], bool] | None = None  # whether the layout is proven now; None: it was
@@ -95,6 +97,7 @@ class Node:
         self._prove = parts.prove
         self._prove_at_ns = 0
         self._injection_said = False
+        self.readiness = Readiness(clock(), origins=parts.origins, injecting=parts.injector is not None)
         self._complete_said = False
         self.ticks = 0
         self.longest_tick_ns = 0
@@ -168,6 +171,10 @@ class Node:
         if self._prove is not None and now_ns >= self._prove_at_ns and (len(self._table) or parts.collector.copies):
             self._try_to_prove(self._prove)
         parts.links.poke()
+        if not self.readiness.ready and self.readiness.look(
+            now_ns, complete=self._table.complete, replicas=parts.links.replicas()
+        ):
+            log.info("ready")
         if parts.injector is not None:
             parts.injector.tick(now_ns)
             if parts.injector.stopped is not None and not self._injection_said:
@@ -253,6 +260,8 @@ class Node:
             "node": parts.name,
             "pid": parts.pid,
             "state": "target ended" if self._target_ended else "attached",
+            "ready": self.readiness.ready and not self._target_ended,
+            "waiting_for": self.readiness.why,
             "for_s": round((self._clock() - self._began_ns) / 1e9, 1),
             **parts.about,
             "probe_pid": os.getpid(),

@@ -53,6 +53,11 @@ def outline(value: Mapping[str, Any], indent: int = 0) -> Iterator[str]:
             yield f"{title}: {cell(below)}{unit if below is not None else ''}"
 
 
+def link_title(row: Mapping[str, Any]) -> str:
+    """What a row of ``peers`` is about."""
+    return " ".join(str(row[name]) for name in ("direction", "node", "address") if row.get(name))
+
+
 def _unit(name: str) -> tuple[str, str]:
     """A name without the unit it ends in, and the unit."""
     for ending, unit in (("_s", " s"), ("_ms", " ms")):

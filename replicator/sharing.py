@@ -52,11 +52,10 @@ class Sharing:
         if all(down[address] is not None for address in self.members):
             self._alone_ns = now_ns  # it is us who were cut off: who comes back last is not the one to blame
         for link in self._links:
-            away = down[link.address]
-            if link.address in self.members and away is not None:
-                if min(away, now_ns - self._alone_ns) >= self._away_ns:
-                    self.members.discard(link.address)
-                    log.warning("peer %s is away: its share of the sessions goes to the others", link.address)
+            for_ns = min(down[link.address] or 0, now_ns - self._alone_ns)
+            if link.address in self.members and for_ns >= self._away_ns:
+                self.members.discard(link.address)
+                log.warning("peer %s is away: its share of the sessions goes to the others", link.address)
         for link in self._links:
             if link.address not in self.members and link.sender.state is State.LIVE:
                 self.members.add(link.address)

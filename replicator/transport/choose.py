@@ -13,7 +13,7 @@ from replicator.seal import Party
 
 from . import address, shm_setup
 from .address import Address
-from .interface import Dialer, Listener
+from .interface import PEER_TIMEOUT_S, Dialer, Listener
 from .shm import Security, ShmDialer, ShmListener
 from .tcp import TcpDialer, TcpListener
 from .tls import Tls, TlsDialer, TlsListener
@@ -41,6 +41,7 @@ class Transport(NamedTuple):
     tls: Tls | None = None
     me: Party | None = None
     device: str | None = None  # of RDMA; None: the first that is up
+    silence_s: float = PEER_TIMEOUT_S  # how long TCP bears a peer that answers nothing
 
     def check(self) -> None:
         """Refuse now what could not work later. Raises NoRdma or BadDevice."""
@@ -53,7 +54,8 @@ class Transport(NamedTuple):
         """For one peer."""
         if isinstance(where, Path):
             return ShmDialer(where, self._security)
-        stream = TlsDialer(where, self.tls) if self.tls else TcpDialer(where)
+        settings = {"silence_s": self.silence_s}
+        stream = TlsDialer(where, self.tls, **settings) if self.tls else TcpDialer(where, **settings)
         if self.mode is not Mode.RDMA:
             return stream
         from .rdma import RdmaDialer
@@ -65,7 +67,8 @@ class Transport(NamedTuple):
         """For all peers that dial us."""
         if isinstance(where, Path):
             return ShmListener(where, self._security)
-        stream = TlsListener(where, self.tls) if self.tls else TcpListener(where)
+        settings = {"silence_s": self.silence_s}
+        stream = TlsListener(where, self.tls, **settings) if self.tls else TcpListener(where, **settings)
         if self.mode is not Mode.RDMA:
             return stream
         from .rdma import RdmaListener

@@ -44,13 +44,17 @@ class Writer(Protocol):
 
 
 class TcpConnection:
-    """One established TCP connection, whichever side opened it. ``node``: the peer's name, where it has proven it."""
+    """One established TCP connection, whichever side opened it. ``node``: the peer's name, where it has proven it;
+    ``silence_s``: how long a peer that answers nothing is borne.
+    """
 
-    def __init__(self, reader: Reader, writer: Writer, node: str | None = None) -> None:
+    def __init__(
+        self, reader: Reader, writer: Writer, node: str | None = None, *, silence_s: float = PEER_TIMEOUT_S
+    ) -> None:
         self._reader, self._writer = reader, writer
         self.node = node
         writer.transport.set_write_buffer_limits(high=BUFFER_BYTES)
-        _tune(writer.get_extra_info("socket"))
+        _tune(writer.get_extra_info("socket"), silence_s)
         self.remote = name_of(writer.get_extra_info("peername"))
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -95,9 +99,11 @@ class TcpConnection:
 class TcpDialer:
     """Makes TCP connections to one peer; its name is resolved anew each time."""
 
-    def __init__(self, address: Address, timeout_s: float = PEER_TIMEOUT_S) -> None:
+    def __init__(
+        self, address: Address, timeout_s: float = PEER_TIMEOUT_S, *, silence_s: float = PEER_TIMEOUT_S
+    ) -> None:
         self._to = address
-        self._timeout_s = timeout_s
+        self._timeout_s, self._silence_s = timeout_s, silence_s
         self.address = str(address)
 
     async def dial(self) -> TcpConnection:
@@ -109,14 +115,15 @@ class TcpDialer:
             raise PeerUnreachable(f"cannot reach peer {self.address}: {reason(error)}") from error
 
     async def _connect(self, host: str, port: int) -> TcpConnection:
-        return TcpConnection(*await asyncio.open_connection(host, port, limit=BUFFER_BYTES))
+        reader, writer = await asyncio.open_connection(host, port, limit=BUFFER_BYTES)
+        return TcpConnection(reader, writer, silence_s=self._silence_s)
 
 
 class TcpListener:
     """Takes TCP connections from peers."""
 
-    def __init__(self, address: Address) -> None:
-        self._at = address
+    def __init__(self, address: Address, *, silence_s: float = PEER_TIMEOUT_S) -> None:
+        self._at, self._silence_s = address, silence_s
         self.address = str(address)
         self._server: asyncio.Server | None = None
         self.refused: Counter[str] = Counter()
@@ -158,19 +165,19 @@ class TcpListener:
             writer.transport.abort()
             return
         try:
-            self._waiting.put_nowait(TcpConnection(reader, writer, node))
+            self._waiting.put_nowait(TcpConnection(reader, writer, node, silence_s=self._silence_s))
         except OSError as error:  # reset before we could look at it
             log.debug("connection lost at once: %s", reason(error))
             writer.transport.abort()
 
 
-def _tune(sock: socket.socket) -> None:
+def _tune(sock: socket.socket, silence_s: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_TIMEOUT_S * 1000)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PEER_TIMEOUT_S - 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(1, int(silence_s) - 1))
 
 
 def name_of(peername: tuple[str, int] | None) -> str:

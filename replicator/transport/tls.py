@@ -346,7 +346,7 @@ class TlsDialer(TcpDialer):
         _, stream = await loop.create_connection(lambda: TlsStream(self._tls.dialing, dial=True), host, port)
         try:
             node = await stream.ready
-            return TcpConnection(stream, stream, node)
+            return TcpConnection(stream, stream, node, silence_s=self._silence_s)
         except BaseException as error:
             stream.refuse(Refused(Refusal.GONE))
             stream.transport.close()
@@ -359,8 +359,8 @@ class TlsDialer(TcpDialer):
 class TlsListener(TcpListener):
     """Takes TLS connections from peers. ``refused`` has the reasons of ``Refusal`` too, by their keys."""
 
-    def __init__(self, address: Address, tls: Tls) -> None:
-        super().__init__(address)
+    def __init__(self, address: Address, tls: Tls, **settings: Any) -> None:
+        super().__init__(address, **settings)
         self._tls = tls
         self._shaking: dict[TlsStream, None] = {}  # in order of arrival
         self._said_s: dict[Refusal, float] = {}

@@ -97,7 +97,7 @@ class SimulatedNode:
         self.node = Node(
             Parts(
                 name=name, pid=4711, collector=self.collector, links=self.links, admin_path=self.admin_path,
-                injector=injector, pidfd=pidfd, release=self._release, prove=prove,
+                injector=injector, origins=len(peers), pidfd=pidfd, release=self._release, prove=prove,
             )
         )  # fmt: skip
         self.task: asyncio.Task[int] | None = None

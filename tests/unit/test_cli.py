@@ -111,7 +111,7 @@ def test_version_and_help(run: Runner) -> None:
         ran = run(name, "--help")
         assert ran.status == 0
         assert f"dpvs-probe {name}" in ran.out
-    assert sorted(COMMANDS) == ["attach", "detach", "doctor", "keys", "peers", "sessions", "status"]
+    assert sorted(COMMANDS) == ["attach", "decode", "detach", "doctor", "keys", "peers", "ready", "sessions", "status"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -119,6 +119,8 @@ def test_every_option_says_what_it_does(name: str) -> None:
     command = COMMANDS[name]
     assert command.help
     for parameter in command.params:
+        if isinstance(parameter, click.Argument):
+            continue
         assert isinstance(parameter, click.Option)
         assert parameter.help, parameter.name
 
@@ -206,8 +208,22 @@ def test_sessions(run: Runner, node: SimulatedNode) -> None:
 
 
 def test_peers(run: Runner, node: SimulatedNode) -> None:
-    assert run("peers").out == "no peers\n"
-    assert run("peers", "--json").out == ""
+    (line,) = run("peers", "--json").out.splitlines()
+    row = json.loads(line)
+    assert (row["direction"], row["state"], row["link"]["refused"]) == ("listen", "listening", 0)
+    header, door = run("peers").out.splitlines()
+    assert header.split() == [
+        "DIRECTION", "NODE", "ADDRESS", "STATE", "FOR", "SESSIONS", "WAITING", "RECORDS", "BYTES", "NOTE",
+    ]  # fmt: skip
+    assert door.split()[:4] == ["listen", "-", row["address"], "listening"]
+    verbose = run("peers", "-v").out.splitlines()
+    assert verbose[0] == f"listen {row['address']}:"
+    assert "    refused: 0" in verbose
+
+
+def test_ready(run: Runner, node: SimulatedNode) -> None:
+    ran = run("ready", "--wait", "5")
+    assert (ran.status, ran.out) == (0, "ready\n")
 
 
 def test_detach(run: Runner, node: SimulatedNode) -> None:
