@@ -28,6 +28,7 @@ CONNECT_SECONDS = 2.0
 REPLY_SECONDS = 5.0
 RETRY_SECONDS = 0.005
 MAX_REPLY_BYTES = 64 << 20
+MAX_PAGES = 1 << 20  # of a list of sessions
 _SUN_PATH = 107
 
 # enum conn_get_flags, conn_get_result: DPVS 1.10.2, include/conf/conn.h
@@ -160,14 +161,14 @@ class ControlSocket:
         """
         pages: list[npt.NDArray[np.void]] = []
         flag, whence = FLAG_ALL, 0
-        while True:
+        for _ in range(MAX_PAGES):
             body = self._build("ip_vs_conn_req", flag=flag, whence=whence)
             result, rows, worker = self._conn_array(self.get(self.layout.sockopt_id("SOCKOPT_GET_CONN_ALL"), body))
             pages.append(rows)
             if not result & RESULT_MORE:
-                break
+                return np.concatenate(pages)
             flag, whence = FLAG_ALL | FLAG_MORE, worker
-        return np.concatenate(pages)
+        raise ControlBroken(f"DPVS lists sessions without end: {MAX_PAGES} pages, and more")
 
     # --- packing -----------------------------------------------------------------------------------------------------
 
@@ -236,6 +237,7 @@ class ControlSocket:
         code = fields["errcode"] - (1 << 32) if fields["errcode"] >> 31 else fields["errcode"]
         offset, size = layout.field("dpvs_sock_msg_reply", "errstr")
         text = head[offset : offset + size].split(b"\0", 1)[0].decode("utf-8", "replace")
+        text = "".join(c if c.isprintable() else " " for c in text)
         if code:  # DPVS sends no body with an error, whatever len says
             return code, text, b""
         if fields["len"] > MAX_REPLY_BYTES:

@@ -78,7 +78,7 @@ class Layout:
         """Check the JSON form and build the layout: every field inside its struct, every number an integer."""
         try:
             if data["format"] != FORMAT:
-                raise BadLayout(f"layout {name} has format {data['format']}, expected {FORMAT}")
+                raise BadLayout(f"layout {name} has format {str(data['format'])[:20]!r}, expected {FORMAT}")
             dpvs, dpdk = data["dpvs"], data["dpdk"]
             structs: dict[str, Struct] = {}
             for part in (dpvs, dpdk):
@@ -88,15 +88,16 @@ class Layout:
                     structs[struct_name] = _struct(name, struct_name, body)
             return cls(
                 name=name,
-                releases=tuple(dpvs["releases"]),
-                dpdk=dpdk["release"],
-                sockopt_version=int(dpvs["sockopt_version"]),
-                sockopt_ids=dict(dpvs["sockopt_ids"]),
-                flags={key: int(value, 16) for key, value in dpvs["flags"].items()},
+                releases=tuple(_text(release) for release in dpvs["releases"]),
+                dpdk=_text(dpdk["release"]),
+                sockopt_version=_number(dpvs["sockopt_version"]),
+                sockopt_ids={key: _number(value) for key, value in dpvs["sockopt_ids"].items()},
+                flags={key: _number(int(value, 16)) for key, value in dpvs["flags"].items()},
                 structs=structs,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadLayout(f"layout {name} is malformed: {error!r}") from None
+            what = "".join(c if c.isprintable() else "?" for c in str(error)[:100])
+            raise BadLayout(f"layout {name} is malformed: {type(error).__name__} {what}") from None
 
     def struct(self, name: str) -> Struct:
         try:
@@ -171,13 +172,35 @@ def release_name(version: int) -> str:
 
 
 def _struct(layout: str, name: str, body: Mapping[str, Any]) -> Struct:
-    size = int(body["size"])
+    size = _number(body["size"])
     fields = {}
     for field, (offset, length) in body["fields"].items():
-        if not 0 <= offset <= offset + length <= size:
-            raise BadLayout(f"layout {layout}: {name}.{field} lies outside its struct")
+        if _number(offset) + _number(length) > size:
+            raise BadLayout(f"layout {layout}: {name!r}.{field!r} lies outside its struct")
         fields[field] = (offset, length)
     return Struct(name, size, fields)
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{str(value)[:20]!r} is no number of bytes, or no id")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:20]!r} is no text")
+    return value
+
+
+def parse_text(name: str, text: bytes) -> Layout:
+    """A layout as it stands in a file. Raises BadLayout."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = str(error)[:100] if text.isascii() else type(error).__name__
+        raise BadLayout(f"layout {name} is not JSON: {what}") from None
+    return Layout.parse(name, data)
 
 
 @cache
@@ -186,9 +209,7 @@ def _load(name: str) -> Layout:
         raise UnknownLayout(f"{name!r} is not the name of a layout")
     file = resources.files("probes").joinpath("layouts", f"{name}.json")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes()
     except FileNotFoundError:
         raise UnknownLayout(f"there is no layout {name}; shipped are {', '.join(Layout.shipped())}") from None
-    except json.JSONDecodeError as error:
-        raise BadLayout(f"layout {name} is not JSON: {error}") from None
-    return Layout.parse(name, data)
+    return parse_text(name, text)

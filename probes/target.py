@@ -40,7 +40,15 @@ DEFAULT_IPC = "/var/run/dpvs.ipc"  # DPVS 1.10.2, src/main.c
 AT_ENTRY = 9
 EM_X86_64 = 62
 IOV_MAX = 1024
+MAX_SECTIONS = 4096
+MAX_FUNCTION_BYTES = 1 << 20
+MAX_NOTE_BYTES = 64 << 10
 _WORKER = re.compile(r"^(?:dpdk-worker|lcore-slave-|lcore-worker-|rte-worker-)(\d+)$")
+_MAPS_LINE = re.compile(  # fs/proc/task_mmu.c, show_map_vma
+    r"(?P<start>[0-9a-f]{1,16})-(?P<end>[0-9a-f]{1,16}) (?P<perms>[rwxsp-]{4}) (?P<offset>[0-9a-f]{1,16}) "
+    r"(?P<dev>[0-9a-f:]+) (?P<inode>[0-9]{1,20}) *(?P<path>.*)",
+    re.DOTALL | re.ASCII,
+)
 _CONTROL = ("dpdk-intr", "eal-intr-thread")
 _SYMBOL = np.dtype(  # Elf64_Sym
     [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("shndx", "<u2"), ("value", "<u8"), ("size", "<u8")]
@@ -126,6 +134,26 @@ _libc.process_vm_readv.argtypes = [
 ]  # fmt: skip
 
 
+class _Bounded:
+    """A file of which no more is read than it has: asked for 4 GiB, Python makes room for them first."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._size: int = file.seek(0, os.SEEK_END)
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_SET:
+            position = min(position, self._size)
+        return int(self._file.seek(position, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._size - self.tell(), 0)
+        return bytes(self._file.read(left if size < 0 else min(size, left)))
+
+
 class Image:
     """The program file: segments, symbols and code bytes, at link-time addresses.
 
@@ -139,13 +167,21 @@ class Image:
 
     def _parse(self, file: Any, path: str) -> None:
         try:
-            elf = ELFFile(file)
+            self._read(ELFFile(_Bounded(file)), path)
+        except DpvsProbeError:
+            raise
         except ELFError as error:
             raise UnsupportedBinary(f"{path} is not an ELF program: {error}") from None
+        except Exception as error:  # a parser that trusts what it reads, and a file that anybody may have made
+            raise UnsupportedBinary(f"{path} is a damaged ELF program ({type(error).__name__})") from error
+
+    def _read(self, elf: ELFFile, path: str) -> None:
         if elf.elfclass != 64 or elf["e_machine"] != "EM_X86_64" or not elf.little_endian:
             raise UnsupportedBinary(f"{path} is a {elf.elfclass}-bit {elf.get_machine_arch()} program, not x86-64")
         self.entry: int = elf["e_entry"]
         self.is_pie: bool = elf["e_type"] == "ET_DYN"
+        if elf["e_shnum"] > MAX_SECTIONS or (elf["e_shnum"] == 0 and elf["e_shoff"]) or elf["e_phnum"] > MAX_SECTIONS:
+            raise UnsupportedBinary(f"{path} has too many parts")
         self.segments = [
             Segment(s["p_vaddr"], s["p_memsz"], s["p_filesz"], s["p_offset"], bool(s["p_flags"] & 1))
             for s in elf.iter_segments("PT_LOAD")
@@ -153,12 +189,12 @@ class Image:
         self.build_id = ""
         self._symbols: dict[str, Symbol] = {}
         for section in elf.iter_sections():
-            if section["sh_type"] == "SHT_NOTE":
+            if section["sh_type"] == "SHT_NOTE" and section["sh_size"] <= MAX_NOTE_BYTES:
                 for note in section.iter_notes():
                     if note["n_type"] == "NT_GNU_BUILD_ID":
                         self.build_id = note["n_desc"]
             elif section["sh_type"] in ("SHT_DYNSYM", "SHT_SYMTAB"):
-                self._add_symbols(section.data(), elf.get_section(section["sh_link"]).data())
+                self._add_symbols(_content(elf, section), _content(elf, elf.get_section(section["sh_link"])))
 
     def _add_symbols(self, table: bytes, names: bytes) -> None:
         """All defined symbols of one table; a global one is never replaced by a static one of the same name."""
@@ -282,7 +318,7 @@ class Target:
         symbol = self.image.symbol(name)
         if symbol is None:
             raise SymbolMissing(f"{self.exe} has no function {name}()")
-        return symbol.value + self.load_base, self.image.code(symbol.value, symbol.size or 512)
+        return symbol.value + self.load_base, self.image.code(symbol.value, min(symbol.size or 512, MAX_FUNCTION_BYTES))
 
     def file_offset(self, address: int) -> int:
         """Offset in the program file of a run-time address, as uprobes want it."""
@@ -301,7 +337,7 @@ class Target:
 
     def maps(self) -> list[Region]:
         try:
-            text = (self._proc / "maps").read_text(errors="replace")
+            text = (self._proc / "maps").read_bytes().decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             raise ProcessGone(f"process {self.pid} has ended") from None
         except PermissionError:
@@ -361,7 +397,7 @@ class Target:
             raise ProcessGone(f"process {self.pid} has ended") from None
         for task in tasks:
             try:
-                found[int(task)] = (self._proc / "task" / task / "comm").read_text().rstrip("\n")
+                found[int(task)] = (self._proc / "task" / task / "comm").read_text(errors="replace").rstrip("\n")
             except (FileNotFoundError, ProcessLookupError):
                 continue  # a thread that has just ended
         return found
@@ -402,6 +438,14 @@ class Target:
         return f"{self._proc}/root{name}" if name.startswith("/") else f"{self._proc}/cwd/{name}"
 
 
+def _content(elf: ELFFile, section: Any) -> bytes:
+    """What the file has of a section: never more than the file, whatever the section claims."""
+    if section.compressed or section["sh_type"] == "SHT_NOBITS":
+        raise UnsupportedBinary(f"section {section.name} of the program is compressed or not there")
+    elf.stream.seek(section["sh_offset"])
+    return bytes(elf.stream.read(section["sh_size"]))
+
+
 def start_time(pid: int) -> int:
     """Start of the process in clock ticks since boot: with the pid it names a process for ever."""
     stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -409,13 +453,19 @@ def start_time(pid: int) -> int:
 
 
 def parse_maps(text: str) -> list[Region]:
-    """The lines of a /proc/PID/maps file."""
+    """The lines of a /proc/PID/maps file. Raises ReadFailed for what is none.
+
+    A name of a file may hold anything; only newlines are written in another way (``\\012``).
+    """
     regions = []
-    for line in text.splitlines():
-        span, perms, offset, dev, inode, *rest = line.split(None, 5)
-        start, _, end = span.partition("-")
-        path = rest[0].strip() if rest else ""
-        regions.append(Region(int(start, 16), int(end, 16), perms, int(offset, 16), dev, int(inode), path))
+    for line in text.split("\n"):
+        if not line:
+            continue
+        found = _MAPS_LINE.match(line)
+        if found is None or int(found["start"], 16) > int(found["end"], 16):
+            raise ReadFailed(f"{line[:100]!r} is no line of a memory map")
+        start, end, offset = (int(found[name], 16) for name in ("start", "end", "offset"))
+        regions.append(Region(start, end, found["perms"], offset, found["dev"], int(found["inode"]), found["path"]))
     return regions
 
 

@@ -14,7 +14,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from probes.errors import DpvsProbeError
 
@@ -23,6 +23,7 @@ Answer = AsyncIterator[list[Line]]  # blocks of lines
 Handler = Callable[[Mapping[str, Any]], Answer]
 
 REQUEST_BYTES = 64 << 10
+ANSWER_BYTES = 4 << 20  # of one line
 REQUEST_S = 5.0
 ANSWER_S = 30.0  # a client that takes nothing for so long is dropped
 MAX_CLIENTS = 16
@@ -116,22 +117,36 @@ def ask(path: Path, command: str, /, **fields: Any) -> Iterator[Line]:
             sock.connect(os.fspath(path))
             sock.sendall(json.dumps({"command": command, **fields}).encode() + b"\n")
             with sock.makefile("rb") as answer:
-                for text in answer:
-                    line = json.loads(text)
-                    if "error" in line:
-                        raise AdminError(line["error"], help_text=line.get("help", ""))
-                    if line.get("done") is True:
-                        return
-                    yield line
-    except (OSError, ValueError) as error:
+                yield from read_answer(answer, f"{path}")
+    except OSError as error:
         raise AdminError(f"no answer on {path}: {error}") from error
-    raise AdminError(f"the answer on {path} broke off")
+
+
+def read_answer(answer: BinaryIO, name: str) -> Iterator[Line]:
+    """The lines of an answer up to its end. Raises AdminError, OSError."""
+    while text := answer.readline(ANSWER_BYTES):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise AdminError(f"the answer on {name} is not JSON") from error
+        if not isinstance(line, dict):
+            raise AdminError(f"the answer on {name} is no object")
+        if "error" in line:
+            raise AdminError(_printable(line["error"]) or "no reason", help_text=_printable(line.get("help", "")))
+        if line.get("done") is True:
+            return
+        yield line
+    raise AdminError(f"the answer on {name} broke off")
+
+
+def _printable(text: Any) -> str:
+    return "".join(c if c.isprintable() else " " for c in str(text)).strip()
 
 
 def _parse(text: bytes) -> Line:
     try:
         request = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest("the request is not JSON") from error
     if not isinstance(request, dict) or not isinstance(request.get("command"), str):
         raise BadRequest("the request names no command")

@@ -237,7 +237,7 @@ def describe(certificate: x509.Certificate) -> Description:
         addresses: list[str] = []
         with suppress(x509.ExtensionNotFound):
             names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-            addresses += names.get_values_for_type(x509.DNSName)
+            addresses += map(_printable, names.get_values_for_type(x509.DNSName))
             addresses += map(str, names.get_values_for_type(x509.IPAddress))
         authority = False
         with suppress(x509.ExtensionNotFound):
@@ -417,7 +417,10 @@ def _must_be_valid(certificate: x509.Certificate, path: Path, now: datetime) -> 
 
 def _name_text(name: x509.Name) -> str:
     found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
-    text = str(found[0].value) if found else name.rfc4514_string()
+    return _printable(str(found[0].value) if found else name.rfc4514_string())
+
+
+def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

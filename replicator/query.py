@@ -97,9 +97,9 @@ def protocol_number(text: str) -> int:
     """``tcp`` or ``6`` -> 6; raises BadFilter."""
     if text.lower() in PROTOCOLS:
         return PROTOCOLS[text.lower()]
-    if text.isascii() and text.isdigit() and int(text) < 256:
+    if text.isascii() and text.isdigit() and len(text) <= 3 and int(text) < 256:
         return int(text)
-    raise BadFilter(f"'{text}' is not a protocol ({', '.join(PROTOCOLS)} or a number)")
+    raise BadFilter(f"{text!r} is not a protocol ({', '.join(PROTOCOLS)} or a number)")
 
 
 def describe(records: Records, origin: str) -> Iterator[dict[str, Any]]:
@@ -133,7 +133,7 @@ def _packed(text: str) -> tuple[int, npt.NDArray[np.uint8]]:
     try:
         address = ipaddress.ip_address(text)
     except ValueError as error:
-        raise BadFilter(f"'{text}' is not an IP address") from error
+        raise BadFilter(f"{text!r} is not an IP address") from error
     family = record.AF_INET if address.version == 4 else record.AF_INET6
     return family, np.frombuffer(address.packed.ljust(16, b"\0"), np.uint8)
 
@@ -148,5 +148,5 @@ def _in_state(records: Records, text: str) -> Bools:
             hit |= (records["proto"] == proto) & (records["state"] == names.index(wanted))
     if not known:
         names_of_all = dict.fromkeys(record.TCP_STATES + record.UDP_STATES)
-        raise BadFilter(f"'{text}' is not a state of a session ({', '.join(names_of_all)})")
+        raise BadFilter(f"{text!r} is not a state of a session ({', '.join(names_of_all)})")
     return hit

@@ -277,7 +277,7 @@ class FrameReader:
     def next(self) -> Frame | None:
         """The next whole frame; None when more bytes are needed. Raises ProtocolError."""
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # else each time keeps one frame more alive
         start = self._at + HEADER.size
         if len(self._buffer) < start:
             return None

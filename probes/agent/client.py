@@ -85,15 +85,19 @@ class Door:
 
     @property
     def state(self) -> abi.State:
-        return abi.State(int(self.data["state"]))
+        """Raises AgentAbsent for what no agent says."""
+        try:
+            return abi.State(int(self.data["state"]))
+        except ValueError:
+            raise AgentAbsent(f"what looks like an agent in process {self.target.pid} is none") from None
 
     @property
     def version(self) -> str:
-        return bytes(self.data["version"]).decode(errors="replace")
+        return _printable(self.data["version"])
 
     @property
     def error(self) -> str:
-        return bytes(self.data["error"]).decode(errors="replace")
+        return _printable(self.data["error"])
 
     def is_installed(self) -> bool:
         """Does DPVS's reserved slot hold this agent's entry right now?"""
@@ -212,6 +216,10 @@ class AgentClient:
             "records": {c.name.lower(): int(d["by_code"][c]) for c in abi.Code if int(d["by_code"][c])},
             "workers": workers,
         }
+
+
+def _printable(text: bytes) -> str:
+    return "".join(c if c.isprintable() else "?" for c in bytes(text).decode(errors="replace"))
 
 
 def code_name(code: int) -> str:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import asyncio
+import io
 import json
 import socket
 import threading
@@ -164,3 +165,34 @@ def test_a_server_that_dies_in_the_middle(tmp_path: Path) -> None:
         list(ask(path, "echo"))
     thread.join()
     listening.close()
+
+
+def test_a_request_too_deep_to_be_read() -> None:
+    with pytest.raises(admin.BadRequest):
+        admin._parse(b"[" * 60_000)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"7\n", "no object"),
+        (b"null\n", "no object"),
+        (b"[" * 60_000 + b"\n", "not JSON"),
+        (b"\xff\n", "not JSON"),
+        (b'{"error": 7, "help": [1]}\n', "^7$"),
+        (b'{"error": " ", "help": null}\n', "no reason"),
+        (b'{"error": "\\u001b[2J", "help": ""}\n', r"^\[2J$"),
+        (b'{"a": 1}\n', "broke off"),
+        (b"", "broke off"),
+    ],
+)
+def test_answers_that_make_no_sense(answer: bytes, says: str) -> None:
+    with pytest.raises(AdminError, match=says) as error:
+        list(admin.read_answer(io.BytesIO(answer), "x.sock"))
+    assert isinstance(error.value.help_text, str)
+
+
+def test_a_line_without_end_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "ANSWER_BYTES", 100)
+    with pytest.raises(AdminError, match="not JSON"):
+        list(admin.read_answer(io.BytesIO(b'"' + b"x" * 1000), "x.sock"))

@@ -299,3 +299,18 @@ class TestSessions:
         with pytest.raises(ForbiddenRequest):
             control.session(10, 6, bytes(17), 1, bytes(16), 2)
         assert server.requests == []
+
+
+class TestWordsOfDpvs:
+    def test_they_can_be_printed(self, serve: Serve) -> None:
+        _, control = serve(lambda c, r, b: c.sendall(reply(r, code=-1, text=b"\x1b[2Jno\nmemory \xff")))
+        with pytest.raises(ControlRefused) as error:
+            control.get(GET_INFO)
+        assert str(error.value).isprintable()
+
+    def test_a_list_without_end(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("probes.control.MAX_PAGES", 5)
+        server, control = serve(lambda c, r, b: c.sendall(reply(r, array([entry(1)], result=2))))
+        with pytest.raises(ControlBroken, match="without end"):
+            control.sessions()
+        assert len(server.requests) == 5

@@ -316,6 +316,12 @@ def test_two_authorities_while_one_replaces_the_other(authority: Path, node: Pat
         k.issue(new, "lb3", now=NOW)
 
 
+def test_names_of_hosts_can_be_printed(authority: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(k, "_general_name", x509.DNSName)
+    keys = k.issue(authority, "lb9", addresses=["a\x1b[2Jb"], now=NOW)
+    assert keys.description.addresses == ("a?[2Jb",)
+
+
 @given(st.binary(max_size=400))
 def test_any_bytes_as_certificates(data: bytes) -> None:
     for pem in (data, b"-----BEGIN CERTIFICATE-----\n" + data + b"\n-----END CERTIFICATE-----\n"):

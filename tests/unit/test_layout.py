@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from probes.layout import BadLayout, Evidence, Layout, UnknownLayout, release_name, select
+from probes.layout import BadLayout, Evidence, Layout, UnknownLayout, parse_text, release_name, select
 
 SHIPPED = Layout.shipped()
 
@@ -144,3 +144,22 @@ def test_what_does_not_fit_is_refused(evidence: Evidence, message: str) -> None:
 def test_release_name() -> None:
     assert release_name(0x00010A02) == "1.10.2"
     assert release_name(0x00010908) == "1.9.8"
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[" * 60_000, b"9" * 5000, b"\xff", b"7", b"[]", b"null"])
+def test_text_that_is_no_layout(text: bytes) -> None:
+    with pytest.raises(BadLayout) as error:
+        parse_text("damaged", text)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("number", [1.5, True, -1, "8", float("inf"), float("nan"), None, [8]])
+def test_numbers_are_integers(number: Any) -> None:
+    for damage in (
+        lambda d: d["dpvs"].update(sockopt_version=number),
+        lambda d: d["dpvs"]["sockopt_ids"].update(SOCKOPT_SET_CONN=number),
+        lambda d: d["dpvs"]["structs"]["dp_vs_conn"].update(size=number),
+        lambda d: d["dpvs"]["structs"]["dp_vs_conn"]["fields"].update(af=[number, 4]),
+        lambda d: d["dpvs"]["structs"]["dp_vs_conn"]["fields"].update(af=[0, number]),
+    ):
+        test_damaged_data_is_refused(damage)

@@ -123,3 +123,11 @@ def test_describe(records: Records) -> None:
     assert (mixed["client"], mixed["local"]) == ("[a09::]:80", "10.9.2.200:1027")
     assert mixed["flags"] == ["inactive", "injected"]
     assert record.INJECTED == 0x8000
+
+
+@pytest.mark.parametrize("name", ["proto", "address", "state"])
+@pytest.mark.parametrize("text", ["9" * 5000, "\x1b[2J", "\ud800", "a\nb"])
+def test_what_is_no_filter_can_be_told_to_anybody(name: str, text: str) -> None:
+    with pytest.raises(BadFilter) as error:
+        Filter.of({name: text})
+    assert str(error.value).isprintable()

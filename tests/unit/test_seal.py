@@ -334,3 +334,12 @@ def test_low_order_points() -> None:
         offer = Agreement(LB2, dialed=False).offer[:4] + public
         with pytest.raises(SealError, match="gives no secret"):
             Agreement(LB1, dialed=True).complete(offer, LB2)
+
+
+def test_an_error_that_is_raised_again_and_again_keeps_nothing_alive() -> None:
+    opener, depths = Opener(bytes(32)), set()
+    for _ in range(20):
+        with pytest.raises(SealError) as error:
+            opener.open(bytes(64))
+        depths.add(len(error.traceback))
+    assert len(depths) <= 2

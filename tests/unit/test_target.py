@@ -3,9 +3,12 @@
 
 import os
 import shutil
+import struct
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +306,73 @@ def test_maps_lines() -> None:
     assert huge.size == 0x200000
     assert not stack.shared
     assert (hole.path, hole.perms) == ("", "---p")
+
+
+@pytest.mark.parametrize("name", ["a\x0bb", "a\rb", "a\x85b", "a\u2028b", "a\x1cb", "\\012", "a b  c", "\ufffd"])
+def test_any_name_of_a_file_is_part_of_its_line(name: str) -> None:
+    line = "100200000-100400000 rw-s 00200000 00:2a 55399086                         /mnt/huge/"
+    first, second = parse_maps(f"{line}{name}\n{line}b\n")
+    assert first.path == f"/mnt/huge/{name}"
+    assert second.path == "/mnt/huge/b"
+
+
+@pytest.mark.parametrize("text", ["x", "1-2", "2-1 rw-s 0 0:0 1 /a", "1-g rw-s 0 0:0 1", "1-2 rw-s 0 0:0 x", "\0"])
+def test_what_is_no_line_of_a_memory_map(text: str) -> None:
+    with pytest.raises(ReadFailed):
+        parse_maps(text)
+
+
+def test_names_of_threads_are_any_bytes(program: Callable[..., Path], start: Start) -> None:
+    odd = '__attribute__((constructor)) static void odd(void) { prctl(PR_SET_NAME, "\\xff\\xfe\\r"); }'
+    process = start(program(functions=f"{FUNCTIONS}\n{odd}"))
+    with Target.open(process.pid) as target:
+        assert target.threads()[process.pid].startswith("\ufffd\ufffd")
+        assert sorted(target.workers().values()) == [1, 3, 12]
+
+
+def damaged(content: bytes, where: str, fields: dict[str, int]) -> bytes:
+    """An ELF file with other numbers in the header of the section that ``where`` names the type of."""
+    out = bytearray(content)
+    (at,), (count,) = struct.unpack_from("<Q", out, 40), struct.unpack_from("<H", out, 60)
+    for position in range(at, at + 64 * count, 64):
+        if struct.unpack_from("<I", out, position + 4)[0] == {"dynsym": 11, "strtab": 3, "note": 7}[where]:
+            for name, value in fields.items():
+                offset, shape = {"type": (4, "<I"), "flags": (8, "<Q"), "offset": (24, "<Q"), "size": (32, "<Q")}[name]
+                struct.pack_into(shape, out, position + offset, value)
+    return bytes(out)
+
+
+@pytest.mark.parametrize(
+    ("where", "fields"),
+    [
+        ("dynsym", {"size": (1 << 64) - 1}),
+        ("dynsym", {"size": 1 << 40}),
+        ("dynsym", {"flags": 0x800}),
+        ("dynsym", {"offset": (1 << 64) - 1}),
+        ("strtab", {"type": 8, "size": 1 << 60}),
+        ("strtab", {"size": 0}),
+        ("note", {"size": 1 << 40}),
+    ],
+)
+def test_a_damaged_program(program: Callable[..., Path], tmp_path: Path, where: str, fields: dict[str, int]) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(damaged(program().read_bytes(), where, fields))
+    tracemalloc.start()
+    with suppress(UnsupportedBinary):
+        Image(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50 * path.stat().st_size + (1 << 20)
+
+
+@pytest.mark.parametrize(("at", "value"), [(58, 0), (58, 1), (60, 0), (60, 0xFFFF), (62, 0xFFFF), (54, 0), (40, 7)])
+def test_a_damaged_header(program: Callable[..., Path], tmp_path: Path, at: int, value: int) -> None:
+    content = bytearray(program().read_bytes())
+    struct.pack_into("<H", content, at, value)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with suppress(UnsupportedBinary):
+        Image(str(path))
 
 
 def _busy(path: Path) -> bool:

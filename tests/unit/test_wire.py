@@ -192,3 +192,13 @@ def test_errors_are_one_line_and_say_what_to_do() -> None:
     error = ProtocolError(Fault.TEXT, "two\nlines")
     assert str(error) == "bad text: two lines"
     assert error.help_text
+
+
+def test_an_error_that_is_raised_again_and_again_keeps_nothing_alive() -> None:
+    reader, depths = FrameReader(), set()
+    reader.feed(bytes(16))
+    for _ in range(20):
+        with pytest.raises(ProtocolError) as error:
+            reader.next()
+        depths.add(len(error.traceback))
+    assert len(depths) <= 2
