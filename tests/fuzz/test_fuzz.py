@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every decoder of bytes from outside, fuzzed for some seconds; and that faults would be found.
+
+``DPVS_PROBE_FUZZ_SECONDS`` says how long each target gets. For more: ``./scripts/fuzz``.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.fuzz import session
+from tests.fuzz.judge import judge, load
+
+SECONDS = int(os.environ.get("DPVS_PROBE_FUZZ_SECONDS", "4"))
+
+pytestmark = [pytest.mark.fuzz, pytest.mark.needs("fuzz"), pytest.mark.timeout(SECONDS + session.GRACE_S + 10)]
+
+
+@pytest.mark.parametrize("name", session.names())
+def test_target(name: str) -> None:
+    outcome = session.fuzz(name, SECONDS)
+    print(outcome.line())
+    if outcome.failed:
+        pytest.fail(outcome.report(), pytrace=False)
+    assert outcome.runs > 20
+    assert outcome.edges > 10
+
+
+@pytest.mark.parametrize("name", session.names())
+def test_seeds_are_the_same_each_time(name: str) -> None:
+    target = load(name)
+    seeds = list(target.seeds())
+    assert seeds
+    if name != "certificates":  # signatures never are
+        assert list(load(name).seeds()) == seeds
+    for seed in seeds:
+        target.check(seed)
+    for seed in seeds:
+        judge(target, seed)
+
+
+@pytest.mark.parametrize(("name", "what"), [("planted", "IndexError"), ("planted_memory", "were allocated")])
+def test_a_planted_fault_is_found(name: str, what: str) -> None:
+    outcome = session.fuzz(name, 30)
+    assert outcome.failed
+    assert what in outcome.output
+    assert outcome.finding is not None
+    assert outcome.finding.hex() in outcome.report()
+    again = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", "--repeat", name, outcome.finding.hex()],
+        cwd=session.ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert again.returncode == 1
+    assert what in again.stderr
