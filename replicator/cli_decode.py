@@ -37,7 +37,7 @@ class Encrypted(NothingDecoded):
 @click.option("-v", "--verbose", is_flag=True, help="Show each session, and all that a HELLO says.")
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON, one object a line.")
 def decode(file: Path, port: int | None, *, verbose: bool, as_json: bool) -> None:
-    """Show the frames of sync links in FILE, a capture (pcap or pcapng).
+    """Show the frames of sync links in FILE, a capture (pcap or pcapng; - is standard input).
 
     Puts each direction of each TCP connection together, also where the capture begins within it or lacks packets, and
     says what had to be passed over. Times are UTC. Needs no root. Exit status 1 if no frame could be read.

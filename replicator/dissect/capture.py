@@ -8,6 +8,7 @@ gives what it has and says so, and what cannot be read at all is a ``BadCapture`
 
 import gzip
 import logging
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from probes.errors import DpvsProbeError  # noqa: E402
 
 from .links import Segment  # noqa: E402
 
+STDIN = Path("-")
 MAX_READ = 16 << 20  # bytes at once: no packet is that large
 MAX_PACKET = 1 << 20
 SYN = 0x02
@@ -64,7 +66,10 @@ class _Bounded:
 
 
 class Capture:
-    """``with Capture(path) as capture: for segment in capture: ...``; the counters are right when that is done."""
+    """``with Capture(path) as capture: for segment in capture: ...``; the counters are right when that is done.
+
+    ``-`` is standard input.
+    """
 
     def __init__(self, path: Path) -> None:
         self.packets = 0
@@ -72,10 +77,11 @@ class Capture:
         self.cut = False  # the file ends within a packet
         self.unknown_links = 0  # packets of a kind of network that Scapy does not know
         try:
-            file: IO[bytes] = path.open("rb")
+            file: IO[bytes] = sys.stdin.buffer if path == STDIN else path.open("rb")
             magic = file.peek(2)[:2]  # type: ignore[attr-defined]
         except OSError as error:
-            raise BadCapture(f"{path} cannot be read: {error.strerror}", help_text="Check the name.") from None
+            advice = "Check its name, and whether you may read it."
+            raise BadCapture(f"{path} cannot be read: {error.strerror}", help_text=advice) from None
         self._file = _Bounded(gzip.GzipFile(fileobj=file) if magic == b"\x1f\x8b" else file, str(path))  # type: ignore[arg-type]
         try:
             self._reader = PcapReader(self._file)

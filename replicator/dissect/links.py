@@ -57,7 +57,7 @@ class Seen:
 
 @dataclass
 class Said:
-    """Something about a direction that is no frame. ``what``: skipped, refused, tls, other or given-up."""
+    """Something about a direction that is no frame. ``what``: skipped, refused, encrypted, other or given-up."""
 
     time_ns: int
     source: End
@@ -210,8 +210,8 @@ class Links:
         if kind in (Kind.TLS, Kind.OTHER) and kind not in connection.said:
             connection.said.add(kind)
             if kind is Kind.TLS:
-                text = "TLS: what this connection carries is encrypted and cannot be read"
-                yield Said(self._time_ns, way.source, way.destination, "tls", text)
+                text = "this connection is TLS, what it carries cannot be read"
+                yield Said(self._time_ns, way.source, way.destination, "encrypted", text)
             elif self._port is not None:
                 assert way.scanner is not None
                 text = f"not the sync protocol: it begins with {way.scanner.starts_with!r}"

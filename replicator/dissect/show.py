@@ -28,17 +28,16 @@ def end(capture: Read, counts: Counts) -> str:
 def remarks(capture: Read, counts: Counts) -> Iterator[str]:
     """What to know of a capture as a whole, for standard error."""
     if counts.frames:
-        yield f"{counts.frames} frames on {connections(counts.links)}" + "".join(
-            f"; {number} {what}"
-            for number, what in (
-                (counts.faults, "faults"),
-                (counts.skipped_bytes, "bytes passed over"),
-                (counts.encrypted, "connections of TLS"),
-                (counts.others, "other connections"),
-                (counts.given_up, "connections given up"),
-            )
-            if number
+        passed_over = _several(counts.skipped_bytes, "byte") + " passed over"
+        parts = (
+            (counts.faults, _several(counts.faults, "fault")),
+            (counts.skipped_bytes, passed_over),
+            (counts.encrypted, f"{connections(counts.encrypted)} of TLS"),
+            (counts.others, f"{connections(counts.others)} of something else"),
+            (counts.given_up, f"{connections(counts.given_up)} given up"),
         )
+        said = [text for number, text in parts if number]
+        yield "; ".join([f"{_several(counts.frames, 'frame')} on {connections(counts.links)}", *said])
     if capture.cut:
         yield "the capture ends within a packet, or is damaged there: what came before is shown"
     if capture.fragments:
@@ -49,7 +48,11 @@ def remarks(capture: Read, counts: Counts) -> Iterator[str]:
 
 def connections(number: int) -> str:
     """``1 connection``, ``2 connections``."""
-    return f"{number} connection{'s' if number != 1 else ''}"
+    return _several(number, "connection")
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def lines(found: Seen | Said, verbose: bool) -> Iterator[str]:

@@ -84,7 +84,7 @@ class SimulatedDpvs:
 
     # What the collector sees.
 
-    def slot_of(self, addresses: Slots) -> Slots:
+    def slot_of(self, addresses: Words) -> Slots:
         found = (addresses.astype(np.int64) - BASE) // STRIDE
         exact = (addresses.astype(np.int64) - BASE) % STRIDE == 0
         return np.where(exact & (found >= 0) & (found < self.slots), found, -1)

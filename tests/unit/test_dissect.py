@@ -389,7 +389,7 @@ def test_encrypted_links_are_said_once() -> None:
     links = Links()
     talk = Talk().say(A, CLIENT_HELLO).say(B, tls_records(900)).say(A, tls_records(100, 200))
     found = list(through(links, talk.segments))
-    assert opcodes(found) == ["tls"]
+    assert opcodes(found) == ["encrypted"]
     assert (links.counts.encrypted, links.counts.frames) == (1, 0)
 
 
