@@ -33,7 +33,7 @@ from .record import (
     words,
 )
 
-_WINDOW = 1 << 16  # marks looked at in one step for what a full sync owes
+_WINDOW = 1 << 13  # marks looked at in one step for what a full sync owes
 _FEW = 32  # pieces of a queue that are left as they came
 _PADDING = np.uint64(0xFF)  # what of a row's last word is not padding: rubbish in it would go out to peers
 _ROW = np.dtype(f"V{RECORD.itemsize}")
@@ -95,6 +95,11 @@ class Dirty:
     def oldest_ns(self) -> int | None:
         """Time of the change that waits at the head of the queue; None when no change waits."""
         return int(self._since_ns[self._queue[0][0]]) if self._queue else None
+
+    @property
+    def marked(self) -> Bools:
+        """Which slots are to be handed out; a new array, one flag a slot."""
+        return np.asarray(self._marks != 0)
 
     def mark(self, slots: Slots, since_ns: Times | int = 0, fresh: Bools | bool = True) -> None:
         """Slots (distinct) have changed at ``since_ns``; ``fresh`` where the change is a new generation."""
@@ -334,33 +339,45 @@ class SessionTable:
         updated = same & differs
         ended = was & ~valid
 
+        born = slots[created]
         stored = np.flatnonzero(created | updated)
         over = np.flatnonzero(ended)
         if len(stored) + len(over) == 0:
             return Applied(NO_SLOTS, NO_SLOTS, NO_SLOTS)
-        touched = np.concatenate((stored, over)) if len(over) else stored
+        touched: Slots | slice = np.concatenate((stored, over)) if len(over) else stored
+        if len(stored) == n:
+            touched = slice(None)  # all of them: plain copies will do
         at = slots[touched]
         told = self.shared[at]
         if len(stored):
-            rows = new.take(stored, axis=0, out=self._scratch[: len(stored)], mode="clip")
-            generation += created
-            generation[generation == 0] = 1  # after 2**32 sessions in one slot: 0 stays "never used"
-            self._store(at[: len(stored)], rows, generation[stored], lcore[stored])
-            self.born_ns[slots[created]] = now_ns
+            rows = self._scratch[: len(stored)]
+            if len(born):
+                generation += created
+                generation[generation == 0] = 1  # after 2**32 sessions in one slot: 0 stays "never used"
+                self.born_ns[born] = now_ns
+                self.present[born] = True
+            if len(stored) == n:
+                np.copyto(rows, new)
+            else:
+                new.take(stored, axis=0, out=rows, mode="clip")
+                generation, lcore = generation[stored], lcore[stored]
+            self._store(at[: len(stored)], rows, generation, lcore)
         if len(over):
             gone = at[len(stored) :]
             self.present[gone] = False
             self.shared[gone] = False
-        self.count += int(np.count_nonzero(created)) - int(np.count_nonzero(again)) - len(over)
+        self.count += len(born) - int(np.count_nonzero(again)) - len(over)
         if self._peers:
             told |= self.shared[at]
-            since = np.full(len(at), now_ns, np.int64) if since_ns is None else since_ns[touched]
-            fresh = created[touched]
+            since = now_ns if since_ns is None else since_ns[touched]
+            fresh = created[touched] if len(born) else False
             if not told.all():
-                at, since, fresh = at[told], since[told], fresh[told]
+                at = at[told]
+                since = since[told] if isinstance(since, np.ndarray) else since
+                fresh = fresh[told] if isinstance(fresh, np.ndarray) else fresh
             for dirty in self._peers.values():
                 dirty.mark(at, since, fresh)
-        return Applied(slots[created], slots[updated], slots[over])
+        return Applied(born, slots[updated], slots[over])
 
     def _store(self, slots: Slots, rows: Words, generation: npt.NDArray[np.uint32], lcore: Bytes) -> None:
         rows[:, -1] &= _PADDING
@@ -369,7 +386,6 @@ class SessionTable:
         records["generation"] = generation
         records["worker"] = lcore
         self._rows[slots] = rows.view(_ROW).reshape(len(slots))  # as opaque items: one copy a row, not one a word
-        self.present[slots] = True
         self.shared[slots] = replicable(records)
 
 

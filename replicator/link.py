@@ -223,7 +223,8 @@ class Sender(Engine):
         if self._end_sequence is not None and sequence >= self._end_sequence:
             self._snapshot = self._end_sequence = None
             if self._picks is not None:
-                self._told &= self._share() | ~self._table.shared  # of others' sessions it holds none any more
+                # Of others' sessions it holds none any more; but where one is marked, it may hold the one before that.
+                self._told &= self._share() | ~self._table.shared | self._dirty.marked
             self.last_sync_ns = now_ns - self._snapshot_ns
             self._events.append(Synced(self._snapshot_sessions, self.last_sync_ns))
             self._settle_state()

@@ -626,6 +626,23 @@ def test_a_peer_that_cannot_unpack_gets_plain_frames() -> None:
     assert joined.sender.counters["frames_compressed"] == 0
 
 
+def test_another_peers_session_in_a_slot_that_was_ours_during_the_full_sync() -> None:
+    joined = Joined(window_frames=2)
+    joined.sender.share(lambda slots: joined.table.records["cport"][slots] != 7)
+    joined.put(sessions(5))
+    joined.connect()
+    other = sessions(1)
+    other["cport"] = 7
+    for _ in range(8):
+        joined.quiet(1)
+        if joined.receiver is not None and joined.replica.present[0] and joined.table.generation[0] == 1:
+            assert joined.sender.state is State.SYNCING
+            joined.put(other)  # the end of the full sync is acknowledged before this is looked at
+    joined.quiet()
+    assert joined.table.generation[0] == 2
+    assert np.flatnonzero(joined.replica.present).tolist() == [1, 2, 3, 4]
+
+
 N = 12
 
 
