@@ -23,7 +23,7 @@ class LinkSettings:
 
     batch_changes: int = 32  # that many changes go out without waiting
     batch_ns: int = 100 * MS  # nor does a change wait longer than that
-    body_bytes: int = 64 << 10  # of one frame, as far as there is that much to say
+    body_bytes: int = 192 << 10  # of one frame, as far as there is that much to say
     window_bytes: int = 4 << 20  # not acknowledged, at most
     window_frames: int = 1024
     heartbeat_ns: int = SECOND

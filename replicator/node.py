@@ -143,7 +143,12 @@ class Node:
         while not self._target_ended:
             now = self._clock()
             try:
-                self.tick(now)
+                self.hear(now)
+                if self._prove is None:
+                    await asyncio.sleep(0)  # peers are told of it before anything else is done
+                    if self._target_ended:
+                        return
+                self.look(self._clock())
             except DpvsProbeError:
                 if not self._ended():
                     self._parts.links.halt()
@@ -160,11 +165,20 @@ class Node:
 
     def tick(self, now_ns: int) -> None:
         """One round: what the probes say, a slice of the scan, what that means for peers, and for our own DPVS."""
-        parts = self._parts
+        self.hear(now_ns)
+        self.look(now_ns)
+
+    def hear(self, now_ns: int) -> None:
+        """First half of a round: what the probes say."""
         self.ticks += 1
-        for applied in (parts.collector.tick(now_ns), parts.collector.scan(now_ns)):
-            if len(applied.created) or len(applied.updated) or len(applied.deleted):
-                self._busy_ns = now_ns
+        self._note(self._parts.collector.tick(now_ns), now_ns)
+        if self._prove is None:
+            self._parts.links.poke()
+
+    def look(self, now_ns: int) -> None:
+        """Second half: a slice of the scan, and what that means for peers and for our own DPVS."""
+        parts = self._parts
+        self._note(parts.collector.scan(now_ns), now_ns)
         if self._table.complete and not self._complete_said:
             self._complete_said = True
             log.info("%d sessions found in DPVS", len(self._table))
@@ -180,6 +194,10 @@ class Node:
             if parts.injector.stopped is not None and not self._injection_said:
                 self._injection_said = True
                 log.error("no more sessions are put into DPVS: %s", parts.injector.stopped)
+
+    def _note(self, applied: Applied, now_ns: int) -> None:
+        if len(applied.created) or len(applied.updated) or len(applied.deleted):
+            self._busy_ns = now_ns
 
     def _try_to_prove(self, prove: Callable[[], bool]) -> None:
         began = self._clock()
