@@ -54,7 +54,7 @@ def version() -> str:
 def cli() -> None:
     """Keeps the sessions of a DPVS load balancer alive when the machine under it dies.
 
-    Start `dpvs-probe attach` next to each DPVS; the other commands ask a running attach. All of them need root.
+    Start `dpvs-probe attach` next to each DPVS; the other commands ask a running attach. All but `decode` need root.
     """
 
 
