@@ -66,6 +66,8 @@ TCP_STATES = (
     "NONE", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT", "TIME_WAIT",
     "CLOSE", "CLOSE_WAIT", "LAST_ACK", "LISTEN", "SYNACK",
 )  # fmt: skip
+# UDP states: include/ipvs/proto_udp.h.
+UDP_NONE, UDP_ONEWAY, UDP_NORMAL = range(3)
 UDP_STATES = ("NONE", "ONEWAY", "NORMAL", "LAST")
 
 Records = npt.NDArray[np.void]

@@ -4,7 +4,7 @@
 Rules
 - State, not a log: a replica marks slots; what is sent to the agent is what the replica says when a slot's turn comes.
 - At most one operation per slot is under way. A slot that changes meanwhile waits until the agent has answered.
-- A copy never disturbs the connection it stands for. The agent holds it as SYNACK, which ends in silence; here we see
+- A copy never disturbs the connection it stands for. The agent holds it in a state that ends in silence; here we see
   to it that it is refreshed while its owner's link is up, and that nothing is refreshed or deleted because an owner
   died.
 - What DPVS refuses for now (service, real server or address not there yet, port in use) is tried again with the
@@ -21,15 +21,22 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.record import (
+    AF_INET,
     CLOSE_WAIT,
+    DR,
     ESTABLISHED,
     FIN_WAIT,
     FNAT,
     LAST_ACK,
+    NAT,
     ONE_PACKET,
     RECORD,
     TCP,
     TEMPLATE,
+    TUNNEL,
+    UDP,
+    UDP_NORMAL,
+    UDP_ONEWAY,
     Bools,
     Records,
     Slots,
@@ -48,8 +55,10 @@ _FIRST, _LAST = 1, 11
 _TUPLE = np.full(_LAST - _FIRST, ~np.uint64(0), np.uint64)
 _TUPLE[0] = 0xFFFFFF  # af, af_out, proto
 
-_STATES = np.zeros(16, np.bool_)
-_STATES[[ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK]] = True
+_TCP_STATES, _UDP_STATES, _MODES = (np.zeros(16, np.bool_) for _ in range(3))
+_TCP_STATES[[ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK]] = True
+_UDP_STATES[[UDP_ONEWAY, UDP_NORMAL]] = True
+_MODES[[FNAT, DR, TUNNEL, NAT]] = True
 
 
 class Agent(Protocol):
@@ -84,11 +93,16 @@ class Origin(Protocol):
 
 
 def injectable(records: Records) -> Bools:
-    """Which sessions may stand by here: FullNAT TCP with an open or closing connection behind it."""
-    tcp = (records["proto"] == TCP) & (records["fwdmode"] == FNAT)
+    """Which sessions may stand by here: TCP with an open or closing connection behind it, UDP that has seen a packet;
+    over IPv4, in every mode but SNAT.
+    """
+    state = np.minimum(records["state"], 15)
+    tcp = (records["proto"] == TCP) & _TCP_STATES[state]
+    udp = (records["proto"] == UDP) & _UDP_STATES[state]
     plain = (records["flags"] & (TEMPLATE | ONE_PACKET)) == 0
-    open_: Bools = tcp & plain & _STATES[np.minimum(records["state"], 15)]
-    return open_
+    four = (records["af"] == AF_INET) & (records["af_out"] == AF_INET)
+    fit: Bools = (tcp | udp) & plain & four & _MODES[np.minimum(records["fwdmode"], 15)]
+    return fit
 
 
 class _Orphans:

@@ -179,11 +179,14 @@ int batch_done(void *msg)
 
 /* ---- requests, on the master ---- */
 
-/* Which worker owns a local port: DPVS 1.10.2, src/sa_pool.c: sa_pool_init. */
+/* Which worker owns a session: by its local port, DPVS 1.10.2, src/sa_pool.c: sa_pool_init. Where there is none, the one
+ * that the network card gives the client's packets to, which nobody but the card knows. */
 static int owner_of(const struct agent_record *r)
 {
 	unsigned index = ntohs(r->lport) & port_mask;
 
+	if (r->fwdmode != FWD_FNAT)
+		return n_workers == 1 ? 0 : -1;
 	return index < n_workers ? (int)index : -1;
 }
 

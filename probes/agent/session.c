@@ -3,7 +3,9 @@
  * One session, made, refreshed or ended by DPVS's own functions on the worker that owns it.
  *
  * Rules: everything here runs on that worker, between two bursts of packets, so nothing else touches its table, its port
- * pools or its lists of services. A copy waits as SYNACK|INACTIVE and ends from CLOSE: no reset is sent from either.
+ * pools or its lists of services. A TCP copy waits as SYNACK|INACTIVE and ends from CLOSE: no reset is sent from either.
+ * A UDP copy waits as NONE: the first packet moves it on, and its end says nothing of its real server's health, which
+ * that of ONEWAY would.
  */
 #include <sys/socket.h>
 
@@ -20,12 +22,18 @@ static bool address_equal(int af, const void *a, const void *b)
 
 uint8_t check_record(const struct agent_record *r)
 {
-	if (r->af != AF_INET || r->af_out != AF_INET || r->proto != IPPROTO_TCP || r->fwdmode != FWD_FNAT)
+	if (r->af != AF_INET || r->af_out != AF_INET || (r->proto != IPPROTO_TCP && r->proto != IPPROTO_UDP))
+		return CODE_UNSUPPORTED;
+	if (r->fwdmode != FWD_FNAT && r->fwdmode != FWD_DR && r->fwdmode != FWD_TUNNEL && r->fwdmode != FWD_NAT)
 		return CODE_UNSUPPORTED;
 	if (r->flags & (F_TEMPLATE | F_ONE_PACKET))
 		return CODE_UNSUPPORTED;
-	if (!r->cport || !r->vport || !r->lport || !r->dport || r->state > TCP_SYNACK)
+	if (!r->cport || !r->vport || !r->lport || !r->dport)
 		return CODE_BAD_RECORD;
+	if (r->state > (r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NORMAL))
+		return CODE_BAD_RECORD;
+	if (r->fwdmode != FWD_FNAT && (r->lport != r->cport || !address_equal(r->af, r->laddr, r->caddr)))
+		return CODE_BAD_RECORD; /* no local address: DPVS writes the client's there */
 	if (!r->timeout_ms || r->timeout_ms / 1000 > MAX_TIMEOUT_S || r->wscale_vs > 14 || r->wscale_rs > 14)
 		return CODE_BAD_RECORD;
 	return 0;
@@ -41,6 +49,8 @@ static bool same_local_side(void *conn, const struct agent_record *r)
 /* Does the copy carry traffic here? Then DPVS itself has moved it out of the state that we put it in. */
 static bool is_live(void *conn)
 {
+	if (get8(AT(conn, dp_vs_conn, proto)) != IPPROTO_TCP)
+		return get16(AT(conn, dp_vs_conn, state)) != UDP_NONE;
 	return get16(AT(conn, dp_vs_conn, state)) != TCP_SYNACK || !(get16(AT(conn, dp_vs_conn, flags)) & F_INACTIVE);
 }
 
@@ -60,7 +70,8 @@ static bool end_silently(void *conn)
 		dpvs.dp_vs_conn_put_no_reset(conn);
 		return false;
 	}
-	put16(AT(conn, dp_vs_conn, state), TCP_CLOSE); /* no reset from this state */
+	if (get8(AT(conn, dp_vs_conn, proto)) == IPPROTO_TCP)
+		put16(AT(conn, dp_vs_conn, state), TCP_CLOSE); /* no reset from this state */
 	dpvs.dp_vs_conn_put_no_reset(conn);
 	return handler(conn) == DTIMER_STOP;
 }
@@ -78,8 +89,8 @@ static void fill(void *conn, const struct agent_record *r)
 	put8(AT(conn, dp_vs_conn, wscale_rs), r->wscale_rs);
 	put8(AT(conn, dp_vs_conn, pp_version), r->pp_version);
 	put8(AT(conn, dp_vs_conn, pp_sent), r->pp_sent);
-	put16(AT(conn, dp_vs_conn, state), TCP_SYNACK);
-	put16(AT(conn, dp_vs_conn, old_state), TCP_SYNACK);
+	put16(AT(conn, dp_vs_conn, state), r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NONE);
+	put16(AT(conn, dp_vs_conn, old_state), r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NONE);
 	/* after dp_vs_conn_new: with SYNPROXY among its arguments it would parse a packet that is not there */
 	flags = (flags & ~F_SYNPROXY) | (r->flags & F_SYNPROXY) | F_INACTIVE;
 	put16(AT(conn, dp_vs_conn, flags), flags);
@@ -161,32 +172,21 @@ static void move_to_head(struct list_head *entry, struct list_head *list)
 	list->next = entry;
 }
 
-static uint8_t create(const struct agent_record *r, unsigned lcore)
+struct steering {
+	void *svc, *saved_curr;
+	struct list_head *node, *saved_next, fake;
+};
+
+/* DPVS takes the head of the free list of the next local address in the round (sa_pool_fetch, __get_laddr, which may
+ * step twice): make both the ones that the record names, let dp_vs_conn_new choose as ever, and put the round back
+ * (release). A code, and nothing changed, if they cannot be had. */
+static uint8_t steer(struct steering *s, void *svc, const struct agent_record *r, void **found)
 {
-	static __thread uint64_t packet[64], iph[8], param[8]; /* never parsed for FullNAT with ct_dport set */
-	struct list_head *node, *entry, *free_list, *saved_next, fake;
-	void *svc, *dest, *laddr = NULL, *conn, *saved_curr;
-	unsigned i, limit;
+	struct list_head *entry, *free_list, *node;
+	unsigned i, limit = get32(AT(svc, dp_vs_service, num_laddrs));
+	void *laddr = NULL;
 	uint8_t code = 0;
 
-	svc = dpvs.dp_vs_service_lookup(r->af, r->proto, r->vaddr, r->vport, 0, NULL, NULL, (uint8_t)lcore);
-	if (!svc)
-		return CODE_NO_SERVICE;
-	if (get32(AT(svc, dp_vs_service, af)) != r->af || get8(AT(svc, dp_vs_service, proto)) != r->proto)
-		return poison("a service is not laid out as expected");
-	dest = dpvs.dp_vs_dest_lookup(r->af_out, svc, r->daddr, r->dport);
-	if (!dest)
-		return CODE_NO_DEST;
-	if (getp(AT(dest, dp_vs_dest, svc)) != svc || get16(AT(dest, dp_vs_dest, port)) != r->dport ||
-	    !address_equal(r->af_out, AT(dest, dp_vs_dest, addr), r->daddr))
-		return poison("a real server is not laid out as expected");
-	if (get32(AT(dest, dp_vs_dest, fwdmode)) != FWD_FNAT)
-		return CODE_MODE_MISMATCH;
-	limit = get32(AT(dest, dp_vs_dest, max_conn));
-	if (limit && get32(AT(dest, dp_vs_dest, actconns)) + get32(AT(dest, dp_vs_dest, inactconns)) >= limit)
-		return CODE_OVERLOAD;
-
-	limit = get32(AT(svc, dp_vs_service, num_laddrs));
 	if (limit > MAX_LADDRS)
 		return poison("a service has %u local addresses", limit);
 	node = ((struct list_head *)AT(svc, dp_vs_service, laddr_list))->next;
@@ -202,15 +202,49 @@ static uint8_t create(const struct agent_record *r, unsigned lcore)
 	entry = free_port(r, laddr, &code, &free_list);
 	if (!entry)
 		return code;
-
-	/* DPVS takes the head of the free list of the next local address in the round (sa_pool_fetch, __get_laddr, which
-	 * may step twice): make both the ones we want, let dp_vs_conn_new choose as ever, and put the round back. */
 	move_to_head(entry, free_list);
-	saved_curr = getp(AT(svc, dp_vs_service, laddr_curr));
-	saved_next = node->next;
-	fake.next = fake.prev = node;
+	s->svc = svc;
+	s->saved_curr = getp(AT(svc, dp_vs_service, laddr_curr));
+	s->node = node;
+	s->saved_next = node->next;
+	s->fake.next = s->fake.prev = node;
 	node->next = node;
-	putp(AT(svc, dp_vs_service, laddr_curr), &fake);
+	putp(AT(svc, dp_vs_service, laddr_curr), &s->fake);
+	*found = laddr;
+	return 0;
+}
+
+static void release(struct steering *s)
+{
+	s->node->next = s->saved_next;
+	putp(AT(s->svc, dp_vs_service, laddr_curr), s->saved_curr);
+}
+
+static uint8_t create(const struct agent_record *r, unsigned lcore)
+{
+	static __thread uint64_t packet[64], iph[8], param[8]; /* never parsed for these modes with ct_dport set */
+	struct steering steering;
+	void *svc, *dest, *laddr = NULL, *conn;
+	unsigned limit;
+	uint8_t code;
+
+	svc = dpvs.dp_vs_service_lookup(r->af, r->proto, r->vaddr, r->vport, 0, NULL, NULL, (uint8_t)lcore);
+	if (!svc)
+		return CODE_NO_SERVICE;
+	if (get32(AT(svc, dp_vs_service, af)) != r->af || get8(AT(svc, dp_vs_service, proto)) != r->proto)
+		return poison("a service is not laid out as expected");
+	dest = dpvs.dp_vs_dest_lookup(r->af_out, svc, r->daddr, r->dport);
+	if (!dest)
+		return CODE_NO_DEST;
+	if (getp(AT(dest, dp_vs_dest, svc)) != svc || get16(AT(dest, dp_vs_dest, port)) != r->dport ||
+	    !address_equal(r->af_out, AT(dest, dp_vs_dest, addr), r->daddr))
+		return poison("a real server is not laid out as expected");
+	if (get32(AT(dest, dp_vs_dest, fwdmode)) != r->fwdmode)
+		return CODE_MODE_MISMATCH;
+	limit = get32(AT(dest, dp_vs_dest, max_conn));
+	if (limit && get32(AT(dest, dp_vs_dest, actconns)) + get32(AT(dest, dp_vs_dest, inactconns)) >= limit)
+		return CODE_OVERLOAD;
+
 	put32(AT(param, dp_vs_conn_param, af), r->af);
 	put8(AT(param, dp_vs_conn_param, proto), r->proto);
 	putp(AT(param, dp_vs_conn_param, caddr), (void *)(uintptr_t)r->caddr);
@@ -218,9 +252,15 @@ static uint8_t create(const struct agent_record *r, unsigned lcore)
 	put16(AT(param, dp_vs_conn_param, cport), r->cport);
 	put16(AT(param, dp_vs_conn_param, vport), r->vport);
 	put16(AT(param, dp_vs_conn_param, ct_dport), r->dport);
-	conn = dpvs.dp_vs_conn_new(packet, iph, param, dest, F_INJECTED);
-	node->next = saved_next;
-	putp(AT(svc, dp_vs_service, laddr_curr), saved_curr);
+	if (r->fwdmode == FWD_FNAT) {
+		code = steer(&steering, svc, r, &laddr);
+		if (code)
+			return code;
+		conn = dpvs.dp_vs_conn_new(packet, iph, param, dest, F_INJECTED);
+		release(&steering);
+	} else {
+		conn = dpvs.dp_vs_conn_new(packet, iph, param, dest, F_INJECTED);
+	}
 	if (!conn)
 		return CODE_NO_MEMORY;
 	if (!same_local_side(conn, r) || getp(AT(conn, dp_vs_conn, dest)) != dest ||

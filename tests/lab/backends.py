@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The real servers: HTTP on port 80, TCP echo on port 7, UDP echo on port 53, on each address given.
+"""The real servers: HTTP on port 80, TCP echo on port 7, UDP echo on port 53, on each address given. The datagram
+``WHO`` is answered with whom the server sees, and where.
 
 usage: python -m tests.lab.backends ADDRESS...
 
@@ -14,6 +15,7 @@ from typing import cast
 PAGE = b"hello from the real server\n"
 RESPONSE = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%s" % (len(PAGE), PAGE)
 BACKLOG = 4096
+WHO = b"who am I to you?"
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -46,6 +48,9 @@ class UdpEcho(asyncio.DatagramProtocol):
         self.transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        if data == WHO:
+            ours = self.transport.get_extra_info("sockname")
+            data = f"{addr[0]}:{addr[1]} at {ours[0]}:{ours[1]}".encode()
         self.transport.sendto(data, addr)
 
 

@@ -85,7 +85,7 @@ ipvs_defs {{
         uoa_max_trail   0
         timeout {{
             oneway      60
-            normal      300
+            normal      {udp_s}
             last        3
         }}
     }}
@@ -111,7 +111,7 @@ WORKER = """\
     }}"""
 
 
-def text(*, log: Path, workers: int, pool: int, established_s: int, timeouts: Mapping[str, int]) -> str:
+def text(*, log: Path, workers: int, pool: int, established_s: int, udp_s: int, timeouts: Mapping[str, int]) -> str:
     """The configuration file."""
     seconds = {**TIMEOUTS_S, "established": established_s, **timeouts}
     return CONFIG.format(
@@ -120,6 +120,7 @@ def text(*, log: Path, workers: int, pool: int, established_s: int, timeouts: Ma
         workers=workers,
         worker_blocks="\n".join(WORKER.format(cpu=queue + 1, queue=queue, device=DEVICE) for queue in range(workers)),
         pool=pool,
+        udp_s=udp_s,
         redirect="on" if workers > 1 else "off",
         timeouts="\n".join(f"            {state:<12}{value}" for state, value in seconds.items()),
     )

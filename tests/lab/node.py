@@ -82,6 +82,7 @@ class Settings:
 
     workers: int = 1
     established_timeout_s: int = 90
+    udp_timeout_s: int = 300
     pool: int = 65536
     memory_mib: int = 256
     poll: bool = False  # the twin spins as DPVS does
@@ -143,6 +144,7 @@ class Node(ABC):
                 workers=settings.workers,
                 pool=settings.pool,
                 established_s=settings.established_timeout_s,
+                udp_s=settings.udp_timeout_s,
                 timeouts=settings.timeouts,
             )
         )

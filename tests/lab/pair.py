@@ -119,6 +119,7 @@ class Pair:
             Service("tcp", plan.vip, 7, servers, local),
             Service("udp", plan.vip, 53, servers, local),
             Service("tcp", plan.vip_dr, 80, servers[:1], (), direct=True),
+            Service("tcp", plan.vip_dr, 7, servers[:1], (), direct=True),
         ]
 
     # -- what an operator, or fate, does ----------------------------------------------------------------------------

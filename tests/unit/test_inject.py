@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.record import (
+    AF_INET6,
     CLOSE,
     ESTABLISHED,
     FIN_WAIT,
     FNAT,
     RECORD,
+    SNAT,
     SYN_RECV,
     TCP,
     TIME_WAIT,
@@ -174,8 +176,23 @@ def test_only_open_connections_stand_by(world: World, state: int, wanted: bool) 
     assert (1000 in world.agent.sessions) is wanted
 
 
-def test_udp_is_not_sent(world: World) -> None:
-    world.replica.put(3, 1000, 2000, 2, UDP)
+def test_udp_once_a_packet_was_seen(world: World) -> None:
+    for state in (0, 3):
+        world.replica.put(3, 1000, 2000, state, UDP)
+        world.run()
+        assert world.agent.log == []
+    for state in (1, 2):
+        world.replica.put(3, 1000, 2000, state, UDP)
+        world.run()
+        assert 1000 in world.agent.sessions
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("fwdmode", SNAT), ("fwdmode", 255), ("af", AF_INET6), ("af_out", AF_INET6), ("proto", 132)]
+)
+def test_what_no_agent_takes_is_not_sent(world: World, field: str, value: int) -> None:
+    world.replica.put(3, 1000, 2000)
+    world.replica.records[field][3] = value
     world.run()
     assert world.agent.log == []
 
