@@ -4,10 +4,11 @@
 import ctypes
 import importlib
 import os
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.vm import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 TWIN = ROOT / "build" / "twin" / "dpvs-twin"
@@ -59,10 +60,7 @@ def agent() -> str | None:
 
 
 def vm() -> str | None:
-    """Minutes of an emulated machine: only for who asks for it."""
-    if "vm" not in os.environ.get("DPVS_PROBE_REQUIRE", "").split(","):
-        return "not asked for: DPVS_PROBE_REQUIRE=vm boots the virtual machine (apt: qemu-system-x86, busybox-static)"
-    return None if shutil.which("qemu-system-x86_64") else "no qemu-system-x86_64"
+    return None if machine.IN_GUEST in os.environ else machine.not_ready()
 
 
 def dpvs() -> str | None:

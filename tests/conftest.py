@@ -20,6 +20,8 @@ import pytest
 
 from tests import available
 
+pytest_plugins = ["tests.vm.remote"]
+
 SYSTEM = Path(__file__).parent / "system"
 SYSTEM_TIMEOUT_S = 300
 LOG_TAIL = 25

@@ -17,6 +17,7 @@ from replicator.transport.interface import Backoff
 from replicator.wire import Hello, Role
 from tests.unit import transports
 from tests.unit.session_records import sessions
+from tests.unit.transports import PATIENCE
 
 SESSIONS = 10_000
 SLOTS = 1 << 14
@@ -60,8 +61,8 @@ async def _send(name: str, address: str) -> None:
     await running
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", [name for name in transports.names() if not name.startswith("slots")])
+@pytest.mark.timeout(120 * PATIENCE)
+@pytest.mark.parametrize("name", transports.names(but=transports.in_one_process))
 def test_ten_thousand_sessions(name: str, tmp_path: Path) -> None:
     kind = transports.make(name)
 
@@ -80,7 +81,7 @@ def test_ten_thousand_sessions(name: str, tmp_path: Path) -> None:
         peer = transports.context().Process(target=send, args=(name, listener.address, where), daemon=True)
         peer.start()
         try:
-            async with asyncio.timeout(100):
+            async with asyncio.timeout(100 * PATIENCE):
                 replica = await arrived(replicas)
             got, wanted = replica.sessions(), final()
             assert len(got) == SESSIONS

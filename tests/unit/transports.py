@@ -13,11 +13,21 @@ from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
+import pytest
+from _pytest.mark import ParameterSet
+
 from replicator import keys
 from replicator.seal import Party
 from replicator.transport import shm, verbs
 from replicator.transport.address import parse
-from replicator.transport.interface import Connection, Dialer, LinkLost, Listener, PeerUnreachable
+from replicator.transport.interface import (
+    PEER_TIMEOUT_S,
+    Connection,
+    Dialer,
+    LinkLost,
+    Listener,
+    PeerUnreachable,
+)
 from replicator.transport.rdma import MakeQueue, RdmaDialer, RdmaListener
 from replicator.transport.shm import Security, ShmDialer, ShmListener
 from replicator.transport.tcp import TcpDialer, TcpListener
@@ -25,7 +35,10 @@ from replicator.transport.tls import Tls, TlsDialer, TlsListener
 from replicator.transport.verbs import Device
 from tests.unit.simulated_queue import DEVICE, SimulatedQueue
 
-ENVIRONMENT = "DPVS_PROBE_TRANSPORTS"  # names the transports to test, with commas; else those that this machine has
+ENVIRONMENT = "DPVS_PROBE_TRANSPORTS"  # names the transports to test, with commas; else all
+# Limits of time are as many times longer: for machines that are slow, as an emulated one is.
+PATIENCE = float(os.environ.get("DPVS_PROBE_PATIENCE", "1"))
+SETUP_S = PEER_TIMEOUT_S * PATIENCE
 MIB = 1 << 20
 Peer = ForkServerProcess
 _given: Path | None = None
@@ -75,7 +88,7 @@ def _tcp_listener(address: str, *, secured: bool) -> TcpListener:
 
 def _tcp_dialer(address: str, *, secured: bool) -> TcpDialer:
     to = parse(address)
-    return TlsDialer(to, _tls("dialer")) if secured else TcpDialer(to)
+    return TlsDialer(to, _tls("dialer"), timeout_s=SETUP_S) if secured else TcpDialer(to, timeout_s=SETUP_S)
 
 
 def _tcp(secured: bool) -> Kind:
@@ -107,10 +120,11 @@ def _over_tcp(name: str, device: Device, make_queue: MakeQueue, secured: bool) -
 
     def listener(address: str) -> RdmaListener:
         stream = _tcp_listener(address, secured=secured)
-        return RdmaListener(stream, device, party("listener"), make_queue=make_queue)
+        return RdmaListener(stream, device, party("listener"), timeout_s=SETUP_S, make_queue=make_queue)
 
     def dialer(address: str) -> RdmaDialer:
-        return RdmaDialer(_tcp_dialer(address, secured=secured), device, party("dialer"), make_queue=make_queue)
+        stream = _tcp_dialer(address, secured=secured)
+        return RdmaDialer(stream, device, party("dialer"), timeout_s=SETUP_S, make_queue=make_queue)
 
     return Kind(name + "+tls" * secured, first=lambda _: "127.0.0.1:0", listener=listener, dialer=dialer)
 
@@ -128,13 +142,25 @@ def _rdma(secured: bool) -> Kind:
 _MAKERS = {"tcp": _tcp, "shm": _shm, "slots": _slots, "rdma": _rdma}
 
 
-def names() -> list[str]:
-    """What to test here: rdma only on a machine with a device."""
-    if wanted := os.environ.get(ENVIRONMENT):
-        return wanted.split(",")
+def names(but: Callable[[str], bool] = lambda _: False) -> list[ParameterSet]:
+    """What to test: parameters. Without an RDMA device here, rdma is tested in the virtual machine, which has one."""
+    wanted = os.environ.get(ENVIRONMENT, "tcp,tls,shm,shm+tls,slots,slots+tls,rdma,rdma+tls").split(",")
+    there = (pytest.mark.vm, pytest.mark.needs("vm"))
+    return [
+        pytest.param(name, marks=there if name.startswith("rdma") and not _rdma_is_here() else ())
+        for name in wanted
+        if not but(name)
+    ]
+
+
+def _rdma_is_here() -> bool:
     devices = Path("/sys/class/infiniband")
-    here = ["tcp", "tls", "shm", "shm+tls", "slots", "slots+tls"]
-    return [*here, "rdma", "rdma+tls"] if devices.is_dir() and any(devices.iterdir()) else here
+    return devices.is_dir() and any(devices.iterdir())
+
+
+def in_one_process(name: str) -> bool:
+    """Both ends of a connection have to be."""
+    return name.startswith("slots")
 
 
 def make(name: str) -> Kind:
@@ -157,6 +183,26 @@ def start(name: str, behaviour: str, address: str) -> Peer:
     peer = context().Process(target=_peer, args=(name, behaviour, address, where), daemon=True)
     peer.start()
     return peer
+
+
+class Turns:
+    """Seconds since it was made, but those in which this process was held up: a busy machine is no slow transport."""
+
+    TURN_S = 0.05
+
+    def __init__(self) -> None:
+        self._turns = 0
+        self._task = asyncio.create_task(self._count())
+
+    async def _count(self) -> None:
+        while True:
+            await asyncio.sleep(self.TURN_S)
+            self._turns += 1
+
+    def seconds(self) -> float:
+        """Until now, and starts anew."""
+        turns, self._turns = self._turns, 0
+        return turns * self.TURN_S
 
 
 async def dial(dialer: Dialer, attempts: int = 100) -> Connection:

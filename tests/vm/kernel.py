@@ -3,7 +3,8 @@
 
 Rules: the package comes through apt and is checked by it. What is kept of it, below build/vm, is the kernel as an ELF
 file (booted without its decompressor, which takes seconds in an emulated machine) and the modules that the guest loads,
-in the order in which it loads them. What is there is used as it is, without asking apt.
+in the order in which it loads them. What is there is used as it is, without asking apt. `python -m tests.vm.kernel`
+sees to it that there is one; the tests themselves fetch nothing.
 """
 
 import hashlib
@@ -11,11 +12,13 @@ import lzma
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+CACHE = Path(__file__).resolve().parents[2] / "build" / "vm"
 PACKAGE = "linux-image-amd64"  # not the cloud kernel: it has neither 9p nor rdma_rxe
 # What the guest needs; what these depend on comes by itself, what is built into the kernel is not there.
 MODULES = (
@@ -44,10 +47,19 @@ class Kernel(NamedTuple):
     modules: list[Path]  # in the order of loading
 
 
-def get(cache: Path) -> Kernel:
-    """The kernel kept in ``cache``; fetched first when there is none. Raises NoKernel."""
+def _kept(cache: Path) -> Path:
     wanted = hashlib.blake2b(repr(MODULES).encode(), digest_size=4).hexdigest()
-    kept = cache / f"kernel-{wanted}"
+    return cache / f"kernel-{wanted}"
+
+
+def is_there(cache: Path = CACHE) -> bool:
+    """Whether ``get`` has nothing to fetch."""
+    return _kept(cache).exists()
+
+
+def get(cache: Path = CACHE) -> Kernel:
+    """The kernel kept in ``cache``; fetched first when there is none. Raises NoKernel."""
+    kept = _kept(cache)
     if not kept.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as work:
@@ -148,7 +160,16 @@ def _depends(module: bytes) -> list[str]:
     return [name.replace("-", "_") for name in names.split(",") if name]
 
 
-def forget(cache: Path) -> None:
+def forget(cache: Path = CACHE) -> None:
     """Throw away what is kept, so that the next ``get`` fetches anew."""
     for kept in cache.glob("kernel-*"):
         shutil.rmtree(kept, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if not is_there():
+        print(f"kernel: fetching {PACKAGE} for the virtual machine")
+    try:
+        get()
+    except (NoKernel, OSError) as error:
+        sys.exit(f"kernel: {error}")
