@@ -73,7 +73,7 @@ class Pool:
     def live(self, slots: Slots) -> Bools:
         return np.asarray((self.conns["flags"][slots] & record.HASHED) != 0)
 
-    def announce(self, slots: Slots, time_ns: int) -> None:
+    def announce(self, slots: Slots, time_ns: int | npt.NDArray[np.int64]) -> None:
         self._events = np.zeros(len(slots), EVENT)
         self._events["conn"] = slots * STRIDE
         self._events["time_ns"], self._events["tid"], self._events["kind"] = time_ns, 7, 1
