@@ -16,8 +16,7 @@ def test_without_replication_nothing_survives(pair: Pair) -> None:
     pair.kill("a")
     pair.active("b")
     report = steady.report()
-    assert report["alive"] == 0, report
-    assert report["unopened"] == report["corrupted"] == 0, report
+    assert report["reset"] == CONNECTIONS, report  # a segment of no session is answered, see test_stray_segments.py
 
 
 @pytest.mark.needs("bpf", "agent")

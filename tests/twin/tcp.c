@@ -3,7 +3,7 @@
  * TCP (DPVS src/ipvs/ip_vs_proto_tcp.c). In FullNAT the client's sequence numbers move by fnat_seq.delta, chosen at its
  * SYN so that the server sees a number hashed from the local side; the timestamps option of the SYN is blanked; the
  * client's address goes along as an option (TOA) in segments that acknowledge the server's first byte. A session that
- * runs out ESTABLISHED resets both sides.
+ * runs out ESTABLISHED resets both sides. An acknowledgement for a service that belongs to no session is reset.
  */
 #include <stdlib.h>
 #include <time.h>
@@ -232,6 +232,56 @@ static int tcp_fnat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_con
 
 /* Sessions. */
 
+/*
+ * DPVS takes any acknowledgement without a session for the last step of a SYN proxy's handshake, whether the service has
+ * one or not, and resets it when the cookie in it is wrong (ip_vs_synproxy.c). Without a SYN proxy no cookie is right. The
+ * reset is the segment itself, without its data, sent back the way it came.
+ */
+static int reset_ack(struct rte_mbuf *mbuf)
+{
+    struct rte_ipv4_hdr *iph = ip4_hdr(mbuf);
+    struct tcphdr *th = tcp_header(mbuf);
+    struct rte_ether_hdr *eth;
+    struct rte_ether_addr mac;
+    uint32_t payload, acked, address;
+    uint16_t port;
+
+    if (!th || mbuf->l2_len != sizeof(*eth))
+        return INET_DROP;
+    payload = mbuf->pkt_len - (uint32_t)ip4_hdrlen(mbuf) - th->doff * 4u;
+    if (rte_pktmbuf_trim(mbuf, (uint16_t)payload) != 0)
+        return INET_DROP;
+
+    port = th->source;
+    th->source = th->dest;
+    th->dest = port;
+    acked = th->ack_seq;
+    th->ack_seq = moved(th->seq, payload);
+    th->seq = acked;
+    th->psh = 0;
+    th->rst = 1;
+    th->window = 0;
+
+    address = iph->src_addr;
+    iph->src_addr = iph->dst_addr;
+    iph->dst_addr = address;
+    iph->total_length = htons((uint16_t)(ntohs(iph->total_length) - payload));
+    iph->type_of_service = 0;
+    iph->time_to_live = 63;
+    tcp_checksum(mbuf, th);
+    ip4_send_csum(iph);
+
+    eth = (struct rte_ether_hdr *)rte_pktmbuf_prepend(mbuf, sizeof(*eth)); /* it is still there */
+    if (!eth)
+        return INET_DROP;
+    mac = eth->src_addr;
+    eth->src_addr = eth->dst_addr;
+    eth->dst_addr = mac;
+    this_stats->bad_acks++;
+    net_xmit(mbuf);
+    return INET_STOLEN;
+}
+
 static int tcp_conn_sched(struct dp_vs_proto *proto __rte_unused, const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf,
                           struct dp_vs_conn **conn, int *verdict)
 {
@@ -242,9 +292,13 @@ static int tcp_conn_sched(struct dp_vs_proto *proto __rte_unused, const struct d
     if (!th)
         return EDPVS_INVPKT;
     *verdict = INET_ACCEPT;
+    svc = dp_vs_service_lookup(iph->af, iph->proto, &iph->daddr, th->dest, 0, mbuf, NULL, (lcoreid_t)rte_lcore_id());
+    if (svc && th->ack && !th->syn && !th->fin && !th->rst) {
+        *verdict = reset_ack(mbuf);
+        return EDPVS_PKTSTOLEN;
+    }
     if (!th->syn || th->ack || th->fin || th->rst)
         return EDPVS_INVAL;
-    svc = dp_vs_service_lookup(iph->af, iph->proto, &iph->daddr, th->dest, 0, mbuf, NULL, (lcoreid_t)rte_lcore_id());
     if (!svc)
         return EDPVS_NOSERV;
     *verdict = INET_DROP;

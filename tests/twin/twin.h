@@ -59,6 +59,7 @@ struct lcore_stats {
     uint64_t no_route;
     uint64_t redirected;
     uint64_t resets;
+    uint64_t bad_acks;
     uint64_t reused;
     uint64_t synthetic;
     uint64_t synthetic_failed;

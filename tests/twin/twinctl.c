@@ -138,10 +138,10 @@ static int on_stats(struct dpvs_msg *msg)
         return EDPVS_NOMEM;
     fprintf(out,
             "{\"lcore\":%u,\"conn_count\":%u,\"ticks\":%lu,\"rx\":%lu,\"tx\":%lu,\"dropped\":%lu,\"no_route\":%lu,"
-            "\"redirected\":%lu,\"resets\":%lu,\"reused\":%lu,\"synthetic\":%lu,\"synthetic_failed\":%lu,"
-            "\"synthetic_pending\":%lu,\"addresses\":",
+            "\"redirected\":%lu,\"resets\":%lu,\"bad_acks\":%lu,\"reused\":%lu,\"synthetic\":%lu,"
+            "\"synthetic_failed\":%lu,\"synthetic_pending\":%lu,\"addresses\":",
             rte_lcore_id(), conn_this_count(), twin_ticks(), s->rx, s->tx, s->dropped, s->no_route, s->redirected,
-            s->resets, s->reused, s->synthetic, s->synthetic_failed, synthesize_pending());
+            s->resets, s->bad_acks, s->reused, s->synthetic, s->synthetic_failed, synthesize_pending());
     ifa_json(out);
     fprintf(out, ",\"services\":");
     service_json(out);
