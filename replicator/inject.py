@@ -28,12 +28,10 @@ from collector.record import (
     FIN_WAIT,
     FNAT,
     LAST_ACK,
-    NAT,
     ONE_PACKET,
     RECORD,
     TCP,
     TEMPLATE,
-    TUNNEL,
     UDP,
     UDP_NORMAL,
     UDP_ONEWAY,
@@ -58,7 +56,7 @@ _TUPLE[0] = 0xFFFFFF  # af, af_out, proto
 _TCP_STATES, _UDP_STATES, _MODES = (np.zeros(16, np.bool_) for _ in range(3))
 _TCP_STATES[[ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK]] = True
 _UDP_STATES[[UDP_ONEWAY, UDP_NORMAL]] = True
-_MODES[[FNAT, DR, TUNNEL, NAT]] = True
+_MODES[[FNAT, DR]] = True
 
 
 class Agent(Protocol):
@@ -94,7 +92,7 @@ class Origin(Protocol):
 
 def injectable(records: Records) -> Bools:
     """Which sessions may stand by here: TCP with an open or closing connection behind it, UDP that has seen a packet;
-    over IPv4, in every mode but SNAT.
+    over IPv4, FullNAT or direct routing.
     """
     state = np.minimum(records["state"], 15)
     tcp = (records["proto"] == TCP) & _TCP_STATES[state]

@@ -24,7 +24,7 @@ extern struct agent_door agent_door;
 enum { EDPVS_OK = 0, EDPVS_INVAL = -1, EDPVS_EXIST = -3, EDPVS_BUSY = -13, EDPVS_DISABLED = -18 };
 enum { TCP_ESTABLISHED = 1, TCP_CLOSE = 6, TCP_SYNACK = 10, UDP_NONE = 0, UDP_NORMAL = 2 };
 enum { F_SYNPROXY = 0x10, F_INACTIVE = 0x200, F_TEMPLATE = 0x400, F_ONE_PACKET = 0x800, F_INJECTED = 0x8000 };
-enum { FWD_NAT = 0, FWD_TUNNEL = 2, FWD_DR = 3, FWD_FNAT = 5 };
+enum { FWD_DR = 3, FWD_FNAT = 5 };
 enum { SA_F_USED = 1, MSG_F_ASYNC = 1, MSG_UNICAST = 1, MSG_PRIO_HIGH = 1, STATE_NORMAL = 3 };
 enum { DTIMER_OK = 0, DTIMER_STOP = 1 };
 

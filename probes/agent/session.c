@@ -24,7 +24,7 @@ uint8_t check_record(const struct agent_record *r)
 {
 	if (r->af != AF_INET || r->af_out != AF_INET || (r->proto != IPPROTO_TCP && r->proto != IPPROTO_UDP))
 		return CODE_UNSUPPORTED;
-	if (r->fwdmode != FWD_FNAT && r->fwdmode != FWD_DR && r->fwdmode != FWD_TUNNEL && r->fwdmode != FWD_NAT)
+	if (r->fwdmode != FWD_FNAT && r->fwdmode != FWD_DR)
 		return CODE_UNSUPPORTED;
 	if (r->flags & (F_TEMPLATE | F_ONE_PACKET))
 		return CODE_UNSUPPORTED;
