@@ -191,7 +191,7 @@ class Image:
         for section in elf.iter_sections():
             if section["sh_type"] == "SHT_NOTE" and section["sh_size"] <= MAX_NOTE_BYTES:
                 for note in section.iter_notes():
-                    if note["n_type"] == "NT_GNU_BUILD_ID":
+                    if (note["n_name"], note["n_type"]) == ("GNU", "NT_GNU_BUILD_ID"):  # others have a type 3 too
                         self.build_id = note["n_desc"]
             elif section["sh_type"] in ("SHT_DYNSYM", "SHT_SYMTAB"):
                 self._add_symbols(_content(elf, section), _content(elf, elf.get_section(section["sh_link"])))

@@ -213,7 +213,11 @@ class Replicas:
         replica = self._find(hello)
         if replica is None:
             self._numbers += 1
-            replica = Replica(hello, self._numbers)
+            try:
+                replica = Replica(hello, self._numbers)
+            except MemoryError:
+                text = f"no memory for a pool of {hello.slots} slots"
+                raise LinkRefused(Reason.TOO_LARGE, text) from None
             table = self._coming if hello.node_id in self._current else self._current
             _disown(table.get(hello.node_id), now_ns)
             table[hello.node_id] = replica

@@ -3,6 +3,7 @@
 
 import ctypes
 import importlib
+import importlib.util
 import os
 import struct
 from collections.abc import Callable
@@ -75,6 +76,10 @@ def dpvs() -> str | None:
         return str(error)
 
 
+def fuzz() -> str | None:
+    return None if importlib.util.find_spec("atheris") else "atheris is not there for this Python: ./scripts/setup"
+
+
 CHECKS: dict[str, Callable[[], str | None]] = {
     "netns": netns,
     "bpf": bpf,
@@ -82,4 +87,5 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "agent": agent,
     "vm": vm,
     "dpvs": dpvs,
+    "fuzz": fuzz,
 }

@@ -57,8 +57,7 @@ def _several(number: int, what: str) -> str:
 
 def lines(found: Seen | Said, verbose: bool) -> Iterator[str]:
     """For a person."""
-    when = datetime.fromtimestamp(found.time_ns // 1_000_000_000, UTC)
-    start = f"{when:%Y-%m-%d %H:%M:%S}.{found.time_ns // 1000 % 1_000_000:06}  {_way(found)}"
+    start = f"{_clock(found.time_ns)}  {_way(found)}"
     if isinstance(found, Said):
         size = f" {found.size} bytes:" if found.size else ":"
         yield f"{start}  {found.what}{size} {found.text}"
@@ -75,6 +74,15 @@ def lines(found: Seen | Said, verbose: bool) -> Iterator[str]:
     yield f"{start}  {' '.join(words)}"
     if verbose:
         yield from (f"    {line}" for line in _details(found))
+
+
+def _clock(time_ns: int) -> str:
+    seconds = time_ns // 1_000_000_000
+    try:
+        day = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):  # a damaged packet's
+        day = str(seconds)
+    return f"{day}.{time_ns // 1000 % 1_000_000:06}"
 
 
 def _summary(found: Seen) -> list[str]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from replicator import codec, wire
 from replicator.codec import IPV4
 from replicator.dissect import links as links_module
+from replicator.dissect import show
 from replicator.dissect.links import Links, Said, Seen, Segment
 from replicator.dissect.reassembly import MAX_AHEAD, PATIENCE_NS, Direction, Piece
 from replicator.dissect.scan import SEARCH_BYTES, Item, Kind, Refused, Scanner, Skipped
@@ -414,3 +415,10 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     links = Links()
     found = list(through(links, itertools.chain.from_iterable(talk.segments for talk in talks[:10])))
     assert links.counts.given_up == 4
+
+
+@pytest.mark.parametrize("seconds", [0, 253402300800, 1 << 62, -1])
+def test_any_time_can_be_shown(seconds: int) -> None:
+    said = Said(seconds * 1_000_000_000, ("10.0.0.1", 1), ("10.0.0.2", 2), "refused", "no frame")
+    (line,) = show.lines(said, verbose=False)
+    assert line.endswith("10.0.0.1:1 -> 10.0.0.2:2  refused: no frame")

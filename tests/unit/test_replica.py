@@ -189,6 +189,17 @@ class TestReplicas:
             replicas.open(wrong, "y", 2)
         assert caught.value.reason is reason
 
+    def test_no_memory_is_a_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def nothing_left(*_: object) -> None:
+            raise MemoryError
+
+        replicas = Replicas(ME)
+        monkeypatch.setattr("replicator.replica.Dirty", nothing_left)
+        with pytest.raises(LinkRefused, match="no memory for a pool of 16 slots") as caught:
+            replicas.open(hello(1), "x", 1)
+        assert caught.value.reason is Reason.TOO_LARGE
+        assert list(replicas) == []
+
     def test_an_earlier_run_is_refused_while_a_later_one_comes(self) -> None:
         replicas = Replicas(ME)
         replicas.open(hello(1), "x", 1)

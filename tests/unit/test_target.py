@@ -365,6 +365,17 @@ def test_a_damaged_program(program: Callable[..., Path], tmp_path: Path, where: 
     assert peak < 50 * path.stat().st_size + (1 << 20)
 
 
+def test_notes_of_others_are_no_build_id(program: Callable[..., Path], tmp_path: Path) -> None:
+    content = program("-Wl,--build-id=sha1").read_bytes()
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert len(Image(str(path)).build_id) == 40
+    note = struct.pack("<III", 4, 20, 3)
+    assert content.count(note + b"GNU\0") == 1
+    path.write_bytes(content.replace(note + b"GNU\0", note + b"sdt\0"))
+    assert Image(str(path)).build_id == ""
+
+
 @pytest.mark.parametrize(("at", "value"), [(58, 0), (58, 1), (60, 0), (60, 0xFFFF), (62, 0xFFFF), (54, 0), (40, 7)])
 def test_a_damaged_header(program: Callable[..., Path], tmp_path: Path, at: int, value: int) -> None:
     content = bytearray(program().read_bytes())
