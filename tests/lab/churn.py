@@ -17,6 +17,7 @@ from tests.lab.process import LabError
 
 LINGER_RESET = struct.pack("ii", 1, 0)
 Action = Callable[[socket.socket], None]
+BURST, BREAK_S = 100, 0.005
 WAYS = ("close", "half-close", "reset")
 
 
@@ -60,8 +61,12 @@ class Churn:
         self.opened += count
 
     def close(self, count: int, ways: tuple[str, ...] = WAYS) -> None:
-        """End ``count`` of the open connections, picked at random."""
-        for _ in range(min(count, len(self.open_ones))):
+        """End ``count`` of the open connections, picked at random. With breaks: a reset is sent once, and where it finds
+        a queue full it is lost.
+        """
+        for number in range(min(count, len(self.open_ones))):
+            if number % BURST == BURST - 1:
+                time.sleep(BREAK_S)
             connection = self.open_ones.pop(self.random.randrange(len(self.open_ones)))
             way = self.random.choice(ways)
             connection.setblocking(True)
