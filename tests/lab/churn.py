@@ -61,8 +61,9 @@ class Churn:
         self.opened += count
 
     def close(self, count: int, ways: tuple[str, ...] = WAYS) -> None:
-        """End ``count`` of the open connections, picked at random. With breaks: a reset is sent once, and where it finds
-        a queue full it is lost.
+        """End ``count`` of the open connections, picked at random.
+
+        With breaks: a reset is sent once, and where it finds a queue full it is lost.
         """
         for number in range(min(count, len(self.open_ones))):
             if number % BURST == BURST - 1:
