@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGETS = Path(__file__).with_name("targets")
 PLANTED = "planted"  # targets with a fault, to see that faults are found
 SEED = 20100  # of the mutations: the same ones each time, as far as time allows
-GRACE_S = 60
+GRACE_S = 120  # to start and to end, on a machine that has other things to do
 LINES, LINE = 40, 300  # of the child's output are shown at most
 
 
@@ -52,10 +52,13 @@ def fuzz(target: str, seconds: int, *, seed: int = SEED, options: tuple[str, ...
     with tempfile.TemporaryDirectory(prefix="dpvs-probe-fuzz-") as directory:
         command = [sys.executable, "-m", "tests.fuzz.child", target, f"-max_total_time={seconds}", f"-seed={seed}"]
         path = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin"}
-        done = subprocess.run(
-            [*command, *options], cwd=directory, env=path, capture_output=True, text=True, errors="replace",
-            timeout=seconds + GRACE_S, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [*command, *options], cwd=directory, env=path, capture_output=True, text=True, errors="replace",
+                timeout=seconds + GRACE_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            return Outcome(target, 0, 0, 0, None, str(error), failed=True)
         findings = sorted(Path(directory).glob("finding-*"))
         finding = findings[0].read_bytes() if findings else None
     text = done.stdout + done.stderr

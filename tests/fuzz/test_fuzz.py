@@ -7,6 +7,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -18,9 +22,22 @@ SECONDS = int(os.environ.get("DPVS_PROBE_FUZZ_SECONDS", "4"))
 pytestmark = [pytest.mark.fuzz, pytest.mark.needs("fuzz"), pytest.mark.timeout(SECONDS + session.GRACE_S + 10)]
 
 
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[session.Outcome]]]:
+    """Of all targets that this test run has; one for each processor at a time."""
+    wanted = [str(item.callspec.params["name"]) for item in request.session.items if _fuzzes(item)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(session.fuzz, name, SECONDS) for name in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+def _fuzzes(item: pytest.Item) -> TypeGuard[pytest.Function]:
+    return isinstance(item, pytest.Function) and item.originalname == "test_target" and item.path == Path(__file__)
+
+
 @pytest.mark.parametrize("name", session.names())
-def test_target(name: str) -> None:
-    outcome = session.fuzz(name, SECONDS)
+def test_target(name: str, outcomes: dict[str, Future[session.Outcome]]) -> None:
+    outcome = outcomes[name].result()
     print(outcome.line())
     if outcome.failed:
         pytest.fail(outcome.report(), pytrace=False)
