@@ -61,6 +61,9 @@ class _Bounded:
         self.cut = self.cut or 0 < len(data) < size
         return data
 
+    def seek(self, *_: int) -> int:
+        raise OSError("not packed twice")  # Scapy wants to, in what looks like gzip once more
+
     def close(self) -> None:
         self._file.close()
 
@@ -104,7 +107,7 @@ class Capture:
                 packet = self._reader.read_packet(MAX_PACKET, stop_dissection_after=TCP)
             except EOFError:
                 break
-            except (Scapy_Exception, ValueError, KeyError, IndexError, ZeroDivisionError, OverflowError):
+            except (Scapy_Exception, ValueError, LookupError, ArithmeticError):
                 self._file.cut = True  # rubbish where a block should be
                 break
             self.packets += 1

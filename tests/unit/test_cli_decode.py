@@ -15,7 +15,8 @@ from scapy.utils import wrpcap, wrpcapng
 
 from replicator import codec, wire
 from replicator.codec import IPV4
-from replicator.dissect import capture
+from replicator.dissect import capture, show
+from replicator.dissect.links import Said
 from replicator.wire import Opcode, Reason, SyncReason
 from tests.unit.session_records import sessions
 from tests.unit.test_cli import Runner, run  # noqa: F401  (a fixture)
@@ -187,6 +188,8 @@ def test_files_that_are_no_captures(run: Runner, tmp_path: Path) -> None:  # noq
     assert run.complains("decode", str(packed)) == f"{packed} is not a capture"
     packed.write_bytes(gzip.compress(noise.read_bytes()))
     assert run.complains("decode", str(packed)) == f"{packed} is not a capture"
+    packed.write_bytes(gzip.compress(gzip.compress(b"x")))
+    assert run.complains("decode", str(packed)) == f"{packed} is not a capture"
     wrpcap(str(noise), [])
     assert "there is no frame of the sync protocol" in run.complains("decode", str(noise))
 
@@ -195,7 +198,7 @@ def test_files_that_are_no_captures(run: Runner, tmp_path: Path) -> None:  # noq
 def test_captures_that_end_too_early_or_are_damaged(run: Runner, file: Path, kind: str) -> None:  # noqa: F811
     (wrpcapng if kind == "pcapng" else wrpcap)(str(file), packets(link()))
     whole = file.read_bytes()
-    for cut in range(len(whole) - 1, 24, -37):
+    for cut in range(len(whole) - 1, 24, -101):
         part = whole[:cut]
         file.write_bytes(gzip.compress(part) if kind == "gzip" else part)
         ran = run("decode", str(file))
@@ -208,7 +211,7 @@ def test_captures_that_end_too_early_or_are_damaged(run: Runner, file: Path, kin
         file.write_bytes(whole[:-9])
     ran = run("decode", str(file))
     assert "ends within a packet" in ran.err
-    for at in range(24, len(whole), 11):
+    for at in range(24, len(whole), 41):
         damaged = bytearray(whole)
         damaged[at] ^= 0xFF
         file.write_bytes(damaged)
@@ -224,6 +227,11 @@ def test_a_length_of_gigabytes_reads_nothing_of_that_size(file: Path) -> None:
     with capture.Capture(file) as opened:
         assert list(opened) == []
         assert opened.cut
+
+
+def test_a_time_that_no_calendar_has() -> None:
+    (line,) = show.lines(Said(10**29 + 5000, A, B, "skipped", "no frame", 3), verbose=False)
+    assert line == f"{10**20}.000005  10.9.8.1:40000 -> 10.9.8.2:7700  skipped 3 bytes: no frame"
 
 
 def test_wrong_usage(run: Runner) -> None:  # noqa: F811
