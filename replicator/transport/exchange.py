@@ -127,17 +127,21 @@ class Messages:
     """Messages out of a stream of bytes, whatever its pieces. Holds no more than one piece and one message."""
 
     def __init__(self) -> None:
-        self._buffer = b""
+        self._buffer = bytearray()
+        self._at = 0  # what is before it was given out
 
     def feed(self, data: bytes) -> None:
         """More of the stream."""
+        del self._buffer[: self._at]
+        self._at = 0
         self._buffer += data
 
     def next(self) -> Message | None:
         """The next whole message; None when more bytes are needed. Raises BadSetup."""
-        if len(self._buffer) < HEADER.size:
+        start = self._at + HEADER.size
+        if len(self._buffer) < start:
             return None
-        magic, version, code, length = HEADER.unpack_from(self._buffer)
+        magic, version, code, length = HEADER.unpack_from(self._buffer, self._at)
         if magic != MAGIC:
             raise BadSetup("this is no set-up of RDMA")
         if version != VERSION:
@@ -149,8 +153,7 @@ class Messages:
         low, high = _LIMITS[kind]
         if not low <= length <= high:
             raise BadSetup(f"{length} bytes for {kind.name}")
-        end = HEADER.size + length
-        if len(self._buffer) < end:
+        if len(self._buffer) < start + length:
             return None
-        body, self._buffer = self._buffer[HEADER.size : end], self._buffer[end:]
-        return Message(kind, body)
+        self._at = start + length
+        return Message(kind, bytes(self._buffer[start : self._at]))
