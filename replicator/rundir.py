@@ -117,7 +117,7 @@ class RunDir:
         """The DPVS pids that a live attach answers for, ascending. What dead ones left is removed."""
         pids = []
         for path in sorted(self.path.glob("*.sock")):
-            if not path.stem.isdigit():
+            if not (path.stem.isascii() and path.stem.isdigit()):
                 continue
             if answers(path):
                 pids.append(int(path.stem))

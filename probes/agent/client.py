@@ -232,7 +232,7 @@ def code_name(code: int) -> str:
 
 def visible_pid(target: Target) -> int:
     """The process's id as it sees itself (its innermost pid namespace), which is what the door carries."""
-    with open(f"/proc/{target.pid}/status") as status:
+    with open(f"/proc/{target.pid}/status", errors="replace", newline="\n") as status:
         for line in status:
             if line.startswith("NSpid:"):
                 return int(line.split()[-1])

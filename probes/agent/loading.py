@@ -197,7 +197,8 @@ def unload(client: AgentClient) -> None:
 
 def tracer_of(pid: int) -> int:
     """The process that traces this one, 0 for none."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("TracerPid:"):
-            return int(line.split()[1])
+    with open(f"/proc/{pid}/status", errors="replace", newline="\n") as status:  # it may be called anything
+        for line in status:
+            if line.startswith("TracerPid:"):
+                return int(line.split()[1])
     return 0

@@ -91,6 +91,7 @@ def test_choose_and_sweep(rundir: RunDir) -> None:
     listen(rundir.socket_path(5)).close()  # leaves its socket behind
     rundir.lock_path(5).touch()
     (rundir.path / "other.sock").touch()
+    (rundir.path / "\N{SUPERSCRIPT TWO}.sock").touch()
     with listen(rundir.socket_path(6)):
         assert rundir.choose(None) == 6
         assert not rundir.socket_path(5).exists()
