@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,12 @@ def far_kind(request: pytest.FixtureRequest) -> Kind:
 @pytest.fixture(params=transports.names(but=lambda name: name in ("tcp", "tls")))
 def careful(request: pytest.FixtureRequest) -> Kind:
     """Those that set a connection up by bytes of their own. Over tcp none are; TLS has tests of its own."""
+    return transports.make(request.param)
+
+
+@pytest.fixture(params=transports.names(but=lambda name: not transports.is_secured(name)))
+def secured(request: pytest.FixtureRequest) -> Kind:
+    """Those that know who they talk to."""
     return transports.make(request.param)
 
 
@@ -403,6 +409,128 @@ def test_a_killed_peer_is_noticed_and_can_come_back(far_kind: Kind, directory: P
             assert await read_to_end(connection) == b"leave"
             await connection.close()
             again.join()
+
+    asyncio.run(body())
+
+
+def must_be_told(error: PeerUnreachable) -> None:
+    """What is wrong in one line, and what to do."""
+    assert "\n" not in str(error)
+    assert error.help_text
+
+
+def test_a_peer_that_dies_at_any_step_of_the_set_up(far_kind: Kind, directory: Path) -> None:
+    """Whichever turn of its event loop is its last: the listener drops what it began, and serves who comes next."""
+    heard: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def serve(listener: Listener) -> None:
+        while True:
+            connection = await listener.accept()
+            with suppress(LinkLost):
+                async with asyncio.timeout(PATIENT_S):
+                    heard.put_nowait(await read_to_end(connection))
+            await connection.close()
+
+    async def body() -> None:
+        async with listening(far_kind, directory) as listener:
+            serving = asyncio.create_task(serve(listener))
+            for steps in itertools.count(0, far_kind.stride):
+                peer = transports.start(far_kind.name, "leave", listener.address, steps)
+                await asyncio.to_thread(peer.join)
+                if peer.exitcode == 0:
+                    break
+                assert peer.exitcode == -signal.SIGKILL
+            assert steps >= 2 * far_kind.stride
+            transports.start(far_kind.name, "leave", listener.address)
+            async with asyncio.timeout(2 * PATIENT_S):
+                while heard.empty() or await heard.get() != b"leave":
+                    await asyncio.sleep(0.01)
+            serving.cancel()
+
+    asyncio.run(body())
+
+
+def test_a_listener_that_dies_at_any_step_of_the_set_up(far_kind: Kind, directory: Path) -> None:
+    """Whichever turn of its event loop is its last: the dialer is told so, in time."""
+
+    async def attempt(address: str) -> bytes:
+        try:
+            connection = await far_kind.dialer(address).dial()
+        except PeerUnreachable as error:
+            must_be_told(error)
+            return b""
+        try:
+            return await read_to_end(connection)
+        except LinkLost:
+            return b""
+        finally:
+            await connection.close()
+
+    async def body() -> None:
+        for steps in itertools.count(0, far_kind.stride):
+            peer, address = transports.start_listener(far_kind.name, directory, steps)
+            said, turns = b"", Turns()
+            while peer.is_alive() and not said:
+                said = await attempt(address)
+            assert turns.seconds() < NOTICED_S
+            peer.kill()
+            peer.join()
+            if said:
+                assert said == b"hello"
+                break
+        assert steps >= 2 * far_kind.stride
+
+    asyncio.run(body())
+
+
+def test_a_peer_with_keys_of_another_cluster_stays_outside(secured: Kind, directory: Path) -> None:
+    """Though it has the name of a peer, and its authority that of ours. Nor does it take us for a peer."""
+
+    async def body() -> None:
+        async with listening(secured, directory) as listener:
+            accepting = asyncio.create_task(listener.accept())
+            await asyncio.sleep(0.01)
+            stranger = transports.make(secured.name, transports.STRANGER)
+            with pytest.raises(PeerUnreachable, match="authority") as caught:
+                await stranger.dialer(listener.address).dial()
+            must_be_told(caught.value)
+            near, far = await transports.dial(secured.dialer(listener.address)), await accepting
+            assert (near.node, far.node) == ("listener", "dialer")
+            await asyncio.gather(near.close(), far.close())
+
+    asyncio.run(body())
+
+
+def test_a_peer_without_keys_stays_outside(secured: Kind, directory: Path) -> None:
+    bare = transports.make({"tls": "tcp"}.get(secured.name, secured.name.removesuffix("+tls")))
+
+    async def knock(address: str) -> None:
+        try:
+            connection = await bare.dialer(address).dial()
+        except PeerUnreachable as error:
+            must_be_told(error)
+            return
+        with pytest.raises((LinkLost, EOFError)):  # over TCP it takes the other side's silence, or its TLS, for a peer
+            while True:
+                await connection.send([b"x" * 1000])
+                await asyncio.sleep(0.05)
+        await connection.close()
+
+    async def body() -> None:
+        async with listening(secured, directory) as listener:
+            accepting = asyncio.create_task(listener.accept())
+            await asyncio.sleep(0.01)
+            async with asyncio.timeout(2 * PATIENT_S):
+                await knock(listener.address)
+            assert not accepting.done()
+            near, far = await transports.dial(secured.dialer(listener.address)), await accepting
+            await asyncio.gather(near.close(), far.close())
+        async with listening(bare, directory) as listener:
+            accepting = asyncio.create_task(listener.accept())
+            await asyncio.sleep(0.01)
+            with pytest.raises(PeerUnreachable):
+                await secured.dialer(listener.address).dial()
+            accepting.cancel()
 
     asyncio.run(body())
 

@@ -6,10 +6,12 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing.connection import Connection as Pipe
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -43,6 +45,7 @@ MIB = 1 << 20
 Peer = ForkServerProcess
 _given: Path | None = None
 NOWHERE = "127.0.0.1:1"
+STRANGER = "stranger"
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,19 @@ class Kind:
     nobody: Callable[[Path], str] = lambda _: NOWHERE  # an address where nobody listens
     bulk_bytes: int = 16 * MIB  # what passes in a second or so
     held_bytes: int = 32 * MIB  # no more than that is on the way when the peer reads nothing
+    stride: int = 1  # of the turns of an event loop that may be its last, each so-manieth is tried out
 
     @property
     def secured(self) -> bool:
         """Both sides prove their names."""
-        return self.name == "tls" or self.name.endswith("+tls")
+        return is_secured(self.name)
 
 
 @cache
 def keys_directory() -> Path:
-    """Keys of two nodes, ``dialer`` and ``listener``; made once for all processes of a test run."""
+    """Keys of two nodes, ``dialer`` and ``listener``, and of a STRANGER from another cluster whose name and whose
+    authority's name are the dialer's; made once for all processes of a test run.
+    """
     if _given is not None:
         return _given
     made = Path(tempfile.mkdtemp(prefix="dpvs-probe-keys."))
@@ -73,6 +79,8 @@ def keys_directory() -> Path:
     keys.init_authority(made / "authority", "east")
     for node in ("dialer", "listener"):
         keys.issue(made / "authority", node, made / node)
+    keys.init_authority(made / "elsewhere", "east")
+    keys.issue(made / "elsewhere", "dialer", made / STRANGER)
     return made
 
 
@@ -86,35 +94,35 @@ def _tcp_listener(address: str, *, secured: bool) -> TcpListener:
     return TlsListener(at, _tls("listener")) if secured else TcpListener(at)
 
 
-def _tcp_dialer(address: str, *, secured: bool) -> TcpDialer:
+def _tcp_dialer(address: str, *, secured: bool, who: str) -> TcpDialer:
     to = parse(address)
-    return TlsDialer(to, _tls("dialer"), timeout_s=SETUP_S) if secured else TcpDialer(to, timeout_s=SETUP_S)
+    return TlsDialer(to, _tls(who), timeout_s=SETUP_S) if secured else TcpDialer(to, timeout_s=SETUP_S)
 
 
-def _tcp(secured: bool) -> Kind:
+def _tcp(secured: bool, who: str) -> Kind:
     return Kind(
         "tls" if secured else "tcp",
         first=lambda _: "127.0.0.1:0",
         listener=lambda address: _tcp_listener(address, secured=secured),
-        dialer=lambda address: _tcp_dialer(address, secured=secured),
+        dialer=lambda address: _tcp_dialer(address, secured=secured, who=who),
     )
 
 
-def _shm(secured: bool) -> Kind:
-    def security(node: str) -> Security | None:
-        return Security(_tls(node), Party(node, 1)) if secured else None
+def _shm(secured: bool, who: str) -> Kind:
+    def security(keys_of: str, node: str) -> Security | None:
+        return Security(_tls(keys_of), Party(node, 1)) if secured else None
 
     return Kind(
         "shm+tls" if secured else "shm",
         first=lambda directory: f"shm:{directory}/node.shm",
-        listener=lambda address: ShmListener(shm.parse(address), security("listener")),
-        dialer=lambda address: ShmDialer(shm.parse(address), security("dialer")),
+        listener=lambda address: ShmListener(shm.parse(address), security("listener", "listener")),
+        dialer=lambda address: ShmDialer(shm.parse(address), security(who, "dialer")),
         nobody=lambda directory: f"shm:{directory}/nobody.shm",
         held_bytes=shm.RING_BYTES + 2 * MIB,
     )
 
 
-def _over_tcp(name: str, device: Device, make_queue: MakeQueue, secured: bool) -> Kind:
+def _over_tcp(name: str, device: Device, make_queue: MakeQueue, secured: bool, who: str) -> Kind:
     def party(node: str) -> Party | None:
         return Party(node, 1) if secured else None
 
@@ -123,20 +131,20 @@ def _over_tcp(name: str, device: Device, make_queue: MakeQueue, secured: bool) -
         return RdmaListener(stream, device, party("listener"), timeout_s=SETUP_S, make_queue=make_queue)
 
     def dialer(address: str) -> RdmaDialer:
-        stream = _tcp_dialer(address, secured=secured)
+        stream = _tcp_dialer(address, secured=secured, who=who)
         return RdmaDialer(stream, device, party("dialer"), timeout_s=SETUP_S, make_queue=make_queue)
 
     return Kind(name + "+tls" * secured, first=lambda _: "127.0.0.1:0", listener=listener, dialer=dialer)
 
 
-def _slots(secured: bool) -> Kind:
+def _slots(secured: bool, who: str) -> Kind:
     """RDMA in all but the device; both ends have to be in one process."""
-    return replace(_over_tcp("slots", DEVICE, SimulatedQueue, secured), held_bytes=4 * MIB)
+    return replace(_over_tcp("slots", DEVICE, SimulatedQueue, secured, who), held_bytes=4 * MIB)
 
 
-def _rdma(secured: bool) -> Kind:
-    kind = _over_tcp("rdma", verbs.find(), verbs.VerbsQueue, secured)
-    return replace(kind, bulk_bytes=2 * MIB, held_bytes=6 * MIB)  # emulated soft-RoCE: a MiB takes a second
+def _rdma(secured: bool, who: str) -> Kind:
+    kind = _over_tcp("rdma", verbs.find(), verbs.VerbsQueue, secured, who)
+    return replace(kind, bulk_bytes=2 * MIB, held_bytes=6 * MIB, stride=4)  # emulated: a MiB takes a second
 
 
 _MAKERS = {"tcp": _tcp, "shm": _shm, "slots": _slots, "rdma": _rdma}
@@ -163,26 +171,54 @@ def in_one_process(name: str) -> bool:
     return name.startswith("slots")
 
 
-def make(name: str) -> Kind:
-    """The transport of that name."""
+def is_secured(name: str) -> bool:
+    """Both sides prove their names."""
+    return name == "tls" or name.endswith("+tls")
+
+
+def make(name: str, who: str = "dialer") -> Kind:
+    """The transport of that name; ``who`` dials."""
     if name == "tls":
-        return _tcp(True)
-    return _MAKERS[name.removesuffix("+tls")](name.endswith("+tls"))
+        return _tcp(True, who)
+    return _MAKERS[name.removesuffix("+tls")](is_secured(name), who)
 
 
 def context() -> ForkServerContext:
     """Starts processes that have imported everything and opened nothing: no device may be open when one forks."""
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["tests.unit.transports"])
+    made.set_forkserver_preload(["tests.unit.transports", "tests.unit.test_transport_sync"])
     return made
 
 
-def start(name: str, behaviour: str, address: str) -> Peer:
-    """A peer that dials ``address`` and then behaves in one way until it is killed."""
-    where = keys_directory() if make(name).secured else None
-    peer = context().Process(target=_peer, args=(name, behaviour, address, where), daemon=True)
+def start(name: str, behaviour: str, address: str, turns: int | None = None) -> Peer:
+    """A peer that dials ``address`` and then behaves in one way until it is killed, or has lived for so many turns."""
+    where = keys_directory() if is_secured(name) else None
+    peer = context().Process(target=_peer, args=(name, behaviour, address, where, turns), daemon=True)
     peer.start()
     return peer
+
+
+def start_listener(name: str, directory: Path, turns: int) -> tuple[Peer, str]:
+    """A peer that lets one in, says "hello" and ends, if it has not died before; and its address."""
+    ours, theirs = context().Pipe()
+    where = keys_directory() if is_secured(name) else None
+    peer = context().Process(target=_host, args=(name, directory, theirs, where, turns), daemon=True)
+    peer.start()
+    theirs.close()
+    return peer, ours.recv()
+
+
+class Mortal(asyncio.SelectorEventLoop):
+    """An event loop that is the end of its process after some turns: at any step of what it does."""
+
+    left: int | None = None  # for ever
+
+    def _run_once(self) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        super()._run_once()  # type: ignore[misc]
 
 
 class Turns:
@@ -221,9 +257,33 @@ def use_keys(where: Path | None) -> None:
     _given = where
 
 
-def _peer(name: str, behaviour: str, address: str, where: Path | None) -> None:
+def _peer(name: str, behaviour: str, address: str, where: Path | None, turns: int | None) -> None:
     use_keys(where)
-    asyncio.run(_live(make(name), behaviour, address))
+    kind = make(name)
+    with asyncio.Runner(loop_factory=Mortal) as runner:
+        loop = runner.get_loop()
+        assert isinstance(loop, Mortal)
+        loop.left = turns
+        runner.run(_live(kind, behaviour, address))
+
+
+def _host(name: str, directory: Path, tell: Pipe, where: Path | None, turns: int) -> None:
+    use_keys(where)
+    with asyncio.Runner(loop_factory=Mortal) as runner:
+        runner.run(_let_one_in(make(name), directory, tell, turns))
+
+
+async def _let_one_in(kind: Kind, directory: Path, tell: Pipe, turns: int) -> None:
+    listener = kind.listener(kind.first(directory))
+    await listener.start()
+    tell.send(listener.address)
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, Mortal)
+    loop.left = turns
+    connection = await listener.accept()
+    await connection.send([b"hello"])
+    await connection.close()
+    await listener.close()
 
 
 async def _live(kind: Kind, behaviour: str, address: str) -> None:

@@ -2,6 +2,7 @@
 # Run by bash in the guest, on the host's root: one soft-RoCE device, then the command in the variables that follow.
 # Both ends of a connection use this device: rxe does not work across network namespaces.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+export TMPDIR=/run/tmp # not /tmp, which begins with all that the host has there
 export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 ulimit -l unlimited
 ulimit -n 65536

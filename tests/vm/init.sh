@@ -32,11 +32,11 @@ for directory in proc sys dev; do
 done
 mkdir -p /root/dev/shm /root/dev/pts
 mount -t devpts devpts /root/dev/pts
-for directory in dev/shm tmp run; do
+for directory in dev/shm run; do # /tmp stays: what is worked on may be there
     mount -t tmpfs tmpfs "/root/$directory"
 done
-chmod 1777 /root/tmp /root/dev/shm
-mkdir /root/run/job /root/run/lock
+mkdir /root/run/job /root/run/lock /root/run/tmp
+chmod 1777 /root/dev/shm /root/run/tmp
 attach job /root/run/job rw,cache=none
 
 hostname vm

@@ -57,6 +57,7 @@ class Remote:
         self._done: set[str] = set()
         self._output = bytearray()
         self._lost = ""
+        self._said = False
 
     def start(self) -> None:
         """Boot, if that has not been done."""
@@ -107,8 +108,9 @@ class Remote:
         return "" if status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) else f"pytest ended with {status}"
 
     def sections(self) -> Iterator[tuple[str, str]]:
-        """The guest's last words."""
-        if self._guest is not None:
+        """The guest's last words, once."""
+        if self._guest is not None and not self._said:
+            self._said = True
             self._output += self._guest.output()
             for title, text in (("output", self._output.decode(errors="replace")), ("console", self._guest.console())):
                 yield f"the virtual machine's {title}", "\n".join(text.splitlines()[-TAIL:])
@@ -143,7 +145,7 @@ class Remote:
     def _ended(self) -> str:
         assert self._guest is not None
         status = self._guest.status()
-        return "it did not come up" if status == machine.NOT_RUN else f"pytest ended with {status}"
+        return "it did not come up" if status == machine.NOT_RUN else f"its exit status is {status}"
 
     def _take(self, report: dict[str, Any]) -> None:
         self._reports.setdefault(report["nodeid"], []).append(report)
