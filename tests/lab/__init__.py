@@ -3,5 +3,5 @@
 
 pair.py puts it together; run.py owns what must be given back (state directory, namespaces, hugepages, processes);
 net.py, process.py, hugepages.py hold one kind each; node.py, twin.py, real.py are the nodes; backends.py, steady.py
-and churn.py make the traffic; sniff.py counts resets.
+and churn.py make the traffic; sniff.py counts resets, record.py writes captures.
 """
