@@ -136,15 +136,6 @@ def objects(found: Seen | Said, verbose: bool) -> Iterator[str]:
     yield json.dumps({"event": "frame", **line})
 
 
-def _when(time_ns: int) -> str:
-    seconds, rest = divmod(time_ns, 1_000_000_000)
-    try:
-        clock = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
-    except (OverflowError, ValueError, OSError):  # a damaged capture
-        clock = str(seconds)
-    return f"{clock}.{rest // 1000:06}"
-
-
 def _way(found: Seen | Said) -> str:
     return f"{_end(found.source)} -> {_end(found.destination)}"
 
