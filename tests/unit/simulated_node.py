@@ -21,6 +21,7 @@ from replicator.sharing import AWAY_NS, Sharing
 from replicator.transport.address import Address
 from replicator.transport.interface import Backoff
 from replicator.transport.tcp import TcpDialer, TcpListener
+from replicator.transport.tls import Tls, TlsDialer, TlsListener
 from replicator.wire import Hello, Role
 from replicator.wire import node_id as id_of
 from tests.unit.simulated_dpvs import MODES, WORKERS, SimulatedDpvs
@@ -65,18 +66,20 @@ class SimulatedNode:
         admin_name: str | None = None,
         share: int | None = None,
         away_ns: int = AWAY_NS,
+        tls: Tls | None = None,
     ) -> None:
-        """``share``: peers that hold each session, if not all."""
+        """``share``: peers that hold each session, if not all; ``tls``: keys of this node, for its links."""
         self.name, self.slots = name, slots
         self.dpvs = dpvs or LiveDpvs(slots)
         self.table = SessionTable(slots)
         epoch = time.time_ns()
         me = Hello(name, epoch, Role.SENDER, slots, instance=epoch)
         self.replicas = Replicas(Hello(name, epoch, Role.RECEIVER, instance=epoch))
-        self.listener = TcpListener(Address(LOCALHOST, 0))
+        here = Address(LOCALHOST, 0)
+        self.listener = TlsListener(here, tls) if tls else TcpListener(here)
         self.outbound = [
             Outbound(
-                TcpDialer(peer, timeout_s=1),
+                TlsDialer(peer, tls, timeout_s=1) if tls else TcpDialer(peer, timeout_s=1),
                 Sender(self.table, self.table.add_peer(str(peer)), me),
                 time.monotonic_ns,
                 Backoff(0.02, 0.1),
