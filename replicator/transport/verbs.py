@@ -13,6 +13,7 @@ Rules
 """
 
 import ctypes
+import errno
 import ipaddress
 import mmap
 import os
@@ -58,6 +59,12 @@ class NoRdma(DpvsProbeError):
     help_text = "See `rdma link`; the Debian packages are rdma-core, ibverbs-providers, python3-pyverbs. Or --mode tcp."
 
 
+class NoLockedMemory(NoRdma):
+    """The memory of a link cannot be locked."""
+
+    help_text = "Raise the limit, `ulimit -l` or LimitMEMLOCK= of the systemd unit: 8 MiB a link. Or --mode tcp."
+
+
 class BadDevice(DpvsProbeError):
     """Text that names no RDMA device of this machine."""
 
@@ -91,7 +98,21 @@ def find(text: str | None = None) -> Device:
     device = Device(name, *(int(part) for part in rest))
     if not _is_active(device):
         raise NoRdma(f"port {device.port} of {name} is not active")
+    if device.gid_index is not None:
+        _must_have_gid(device)
     return device
+
+
+def _must_have_gid(device: Device) -> None:
+    with _open(device.name) as context:
+        try:
+            if _gids(context, device):
+                return
+        except PyverbsError:  # the table is not as long
+            pass
+        others = ", ".join(f"{gid.at} ({gid.address})" for gid in _gids(context, device._replace(gid_index=None)))
+    has = f", but {others}" if others else ""
+    raise BadDevice(f"port {device.port} of {device.name} has no address at index {device.gid_index}{has}")
 
 
 def _device_names() -> list[str]:
@@ -129,10 +150,20 @@ class Gid(NamedTuple):
     roce_v2: bool
 
     @property
+    def address(self) -> str:
+        """As people write it."""
+        return _readable(self.packed)
+
+    @property
     def rank(self) -> int:
         """Smaller is better: IPv4 over RoCE v2, IPv6, link-local, and what is left."""
         address = ipaddress.IPv6Address(self.packed)
         return (not self.roce_v2) * 4 + (0 if address.ipv4_mapped else 2 if address.is_link_local else 1)
+
+
+def _readable(packed: bytes) -> str:
+    address = ipaddress.IPv6Address(packed)
+    return str(address.ipv4_mapped or address)
 
 
 def choose(gids: Sequence[Gid], like: bytes | None) -> Gid:
@@ -141,7 +172,8 @@ def choose(gids: Sequence[Gid], like: bytes | None) -> Gid:
         family = ipaddress.IPv6Address(like).ipv4_mapped is None
         gids = [gid for gid in gids if (ipaddress.IPv6Address(gid.packed).ipv4_mapped is None) == family]
     if not gids:
-        raise BadSetup("the device has no address that fits" if like is not None else "the device has no address")
+        fits = f" that fits the peer's {_readable(like)}" if like is not None else ""
+        raise BadSetup(f"the RDMA device has no address{fits}")
     return min(gids, key=lambda gid: (gid.rank, gid.at))
 
 
@@ -180,7 +212,7 @@ class VerbsQueue:
             self._make(like)
         except PyverbsError as error:
             self.close()
-            raise BadSetup(f"RDMA device {device}: {error}") from error
+            raise _trouble(device, error) from error
         except BaseException:
             self.close()
             raise
@@ -223,7 +255,15 @@ class VerbsQueue:
         view = memoryview(memory)
         self._undo.callback(view.release)
         access = e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_REMOTE_WRITE
-        return view, address, self._undo.enter_context(MR(self._pd, size, access, address=address))
+        try:
+            region = MR(self._pd, size, access, address=address)
+        except PyverbsRDMAError as error:
+            if error.error_code == errno.ENOMEM:
+                raise NoLockedMemory(
+                    f"RDMA device {self._device}: {size >> 20} MiB of memory cannot be locked"
+                ) from error
+            raise
+        return view, address, self._undo.enter_context(region)
 
     def side(self, epoch: int = 0, offer: bytes = b"") -> Side:
         """What the peer has to know; ``epoch`` and ``offer`` are of the agreement on keys."""
@@ -245,10 +285,14 @@ class VerbsQueue:
             attributes.max_rd_atomic = attributes.max_dest_rd_atomic = 1
             attributes.timeout, attributes.retry_cnt = ACK_TIMEOUT, RETRIES
             attributes.rnr_retry, attributes.min_rnr_timer = RNR_RETRIES, RNR_TIMER
-            self._qp.to_rts(attributes)
+            try:
+                self._qp.to_rts(attributes)
+            except PyverbsRDMAError as error:
+                why = os.strerror(error.error_code)
+                raise BadSetup(f"RDMA device {self._device} cannot reach {_readable(peer.gid)}: {why}") from error
             self._prepare(peer)
         except PyverbsError as error:
-            raise BadSetup(f"RDMA device {self._device}: {error}") from error
+            raise _trouble(self._device, error) from error
 
     def _prepare(self, peer: Side) -> None:
         self.peer_slots, self.peer_slot_bytes = peer.slots, peer.slot_bytes
@@ -356,7 +400,16 @@ class VerbsQueue:
         return QueueDown(self._broken)
 
 
-_STATUS = {12: "no answer from its RDMA device", 5: "the queue pair was shut down", 10: "it refuses to be written to"}
+_STATUS = {
+    2: "our RDMA device can send no more (is its port up?)",
+    5: "the queue pair was shut down",
+    10: "it refuses to be written to",
+    12: "no answer from its RDMA device",
+}
+
+
+def _trouble(device: Device, error: Exception) -> BadSetup:
+    return BadSetup(f"RDMA device {device}: {error}")
 
 
 def _request(opcode: int, element: Any, flags: int) -> Any:
