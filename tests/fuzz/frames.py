@@ -109,6 +109,8 @@ def _mend_items(items: bytes, size: int, kind: int, rng: random.Random) -> bytes
     words = rows.view("<u4")
     words[:, 0] %= SLOTS
     words[words[:, 1] == 0, 1] = 1
+    if rng.random() < 0.05:  # just outside
+        words[rng.randrange(len(rows)), rng.choice((0, 0, 1))] = rng.choice((SLOTS, SLOTS + 1, 0, 0xFFFFFFFF))
     if kind != codec.ENDED:
         four = rows[:, 8:10] != 10 if kind == codec.IPV6 else np.ones((len(rows), 2), np.bool_)
         rows[:, 8:10] = np.where(four, 2, 10)

@@ -4,6 +4,7 @@
 import random
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 
 from replicator.transport import exchange
 from replicator.transport.exchange import HEADER, MAX_TEXT, BadSetup, Kind, Messages, Side
@@ -19,10 +20,12 @@ _SIDE = Side(
 
 
 def seeds() -> Iterable[bytes]:
-    plain = Side(*(getattr(_SIDE, name) for name in list(_SIDE.__dataclass_fields__)[:-1]))
-    for side in (_SIDE, plain):
+    for side in (_SIDE, replace(_SIDE, offer=b"")):
         both = side.pack(Kind.OFFER) + side.pack(Kind.ANSWER)
         yield both + exchange.pack(Kind.READY) + 3 * exchange.pack(Kind.BEAT) + exchange.pack_bye(1 << 40)
+    # The largest ring there may be, and what is just not one.
+    for slots, slot_bytes in ((256, 256 << 10), (256, (256 << 10) + 64), (64, (1 << 20) + 64), (257, 4096), (4, 4032)):
+        yield replace(_SIDE, slots=slots, slot_bytes=slot_bytes).pack(Kind.OFFER)
     yield exchange.pack_refuse("a ring of no slots") + exchange.pack(Kind.BEAT)[:5]
 
 

@@ -73,6 +73,7 @@ def check(data: bytes) -> None:
         said = readable(sender.outgoing(now))
         must(said <= SETTINGS.window_bytes + 2 * SETTINGS.body_bytes, "no more than a window is said at once")
         must(sender.in_flight <= SETTINGS.window_frames + 2, "no more than a window is in flight")
+        must(sender._acknowledged <= sender._sequence, "nothing is acknowledged that was not sent")
         must(0 <= sender.pending <= SLOTS, "no slot waits twice")
         while sender.next_event():
             pass

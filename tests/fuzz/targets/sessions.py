@@ -24,8 +24,14 @@ def seeds() -> Iterable[bytes]:
         yield frame[3:4] + frame[HEADER.size :]
     noise = np.random.default_rng(1).integers(0, 256, 1500, dtype=np.uint8).tobytes()
     yield bytes([Opcode.CREATE]) + BODY.pack(codec.IPV4, COMPRESSED, 1000, 96_000) + noise
-    bomb = lz4.block.compress(bytes(1 << 20), store_size=False)
-    yield bytes([Opcode.DELETE]) + BODY.pack(ENDED, COMPRESSED, 0xFFFF, 0xFFFF * 8) + bomb
+    for opcode, kind, count in (  # the first may hold that many, the others claim one more than a body holds
+        (Opcode.DELETE, ENDED, 0xFFFF),
+        (Opcode.CREATE, codec.IPV4, MAX_BODY // 96 + 1),
+        (Opcode.CREATE, codec.IPV6, MAX_BODY // 144 + 1),
+    ):
+        raw = count * SIZES[kind]
+        bomb = lz4.block.compress(bytes(raw), store_size=False)
+        yield bytes([opcode]) + BODY.pack(kind, COMPRESSED, count, raw) + bomb
 
 
 def declared(data: bytes) -> int:

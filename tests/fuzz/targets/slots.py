@@ -145,6 +145,7 @@ async def _check(data: bytes) -> None:
         connection.happened()
         for _ in range(3):
             await asyncio.sleep(0)
+        must(len(connection._ready) <= SLOTS, "no more slots wait than there are")
         must(len(queue.said) <= number // (SLOTS // 4) + 1, "a credit for a quarter of the ring, and for nothing else")
     connection.over()
     await connection.close()
