@@ -34,7 +34,7 @@ STACKS_S = 200  # of one test: its stacks are shown, even if the signal of its l
 END_S = 60  # from the last report to the end of the machine
 PATIENCE = "2"  # of limits in tests
 POLL_S = 0.1
-TAIL = 40  # lines of the output, and of the console
+TAIL = 60  # lines of the output, and of the console
 NICENESS = 5
 NOT_ASKED = "boots a virtual machine, for minutes: a run of all tests does, or -m vm, or DPVS_PROBE_REQUIRE=vm"
 
