@@ -125,13 +125,13 @@ async def _receive(way: Way, address: str, pipe: Pipe, timed: bool) -> None:
     before = rss()
 
     def answer() -> None:
-        pipe.recv()
+        thorough: bool = pipe.recv()
         replica = next(iter(replicas), None)
         pipe.send(
             {
-                "count": replica.count if replica else 0,
-                "digest": replica.digest() if replica else 0,
                 "cpu_ns": time.process_time_ns(),
+                "count": replica.count if replica else 0,
+                "digest": replica.digest() if replica and thorough else 0,
                 "rss": rss() - before,
                 "arrays": size_of(replica, replica.pending) if replica else 0,
                 "put_ns": put_ns,
@@ -163,9 +163,9 @@ class Peer:
     def __init__(self, address: str, pipe: Pipe) -> None:
         self.address, self._pipe = address, pipe
 
-    def ask(self) -> dict[str, Any]:
-        """What it has now."""
-        self._pipe.send(0)
+    def ask(self, *, thorough: bool = False) -> dict[str, Any]:
+        """What it has now; with a digest of it when ``thorough``, which takes a while."""
+        self._pipe.send(thorough)
         answer: dict[str, Any] = self._pipe.recv()
         return answer
 

@@ -128,7 +128,7 @@ def syncs(column: Column, table: SessionTable, *, largest: bool) -> None:
                 column.add("on the wire", "bytes each", link.on_the_wire() / n)
 
         asyncio.run(linked(link, full))
-        answer = peer.ask()
+        answer = peer.ask(thorough=True)
         check(answer, table)
         if largest:
             column.add("full sync, processor, receiver", "ns each", (answer["cpu_ns"] - theirs_ns) / n)
@@ -154,7 +154,7 @@ def again(column: Column, table: SessionTable, peer: Peer, sender: Sender) -> No
     asyncio.run(linked(link, rest))
     if sender.counters["full_syncs"] != 1:
         sys.exit("the second sync was a full one as well")
-    check(peer.ask(), table)
+    check(peer.ask(thorough=True), table)
 
 
 def sustained(column: Column, table: SessionTable, seconds: float) -> None:
@@ -196,7 +196,7 @@ def sustained(column: Column, table: SessionTable, seconds: float) -> None:
             column.add("sustained, processor, receiver", "ns each", (peer.ask()["cpu_ns"] - theirs_ns) / count)
 
         asyncio.run(linked(link, work))
-        check(peer.ask(), table)
+        check(peer.ask(thorough=True), table)
 
 
 def latencies(column: Column, slots: int, seconds: float, seed: int) -> None:
