@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""replicator/link.py: two engines joined by streams of bytes that a test holds, cuts and loses."""
+"""replicator/link.py: two engines joined by streams of bytes that a test holds, cuts and loses. See also
+test_link_model.py.
+"""
 
 from collections import deque
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from collector.record import RECORD, Records, pick
 from collector.table import SessionTable
@@ -641,110 +640,3 @@ def test_another_peers_session_in_a_slot_that_was_ours_during_the_full_sync() ->
     joined.quiet()
     assert joined.table.generation[0] == 2
     assert np.flatnonzero(joined.replica.present).tolist() == [1, 2, 3, 4]
-
-
-N = 12
-
-
-class Links(RuleBasedStateMachine):
-    """Any history of sessions, frames, cuts and restarts: after quiet, the replica is the table."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.joined = Joined(slots=N, body_bytes=300, window_bytes=1200, window_frames=5)
-        self.a_epoch = 1
-        self.rng = np.random.default_rng(1)
-
-    @rule(slots=st.sets(st.integers(0, N - 1)), variant=st.integers(0, 3), ipv6=st.booleans())
-    def sessions_come(self, slots: set[int], variant: int, ipv6: bool) -> None:
-        records = sessions(N, ipv6=ipv6)[sorted(slots)]
-        records["cport"] += variant // 2
-        records["fnat_delta"] += variant
-        self.joined.put(records)
-
-    @rule(slots=st.sets(st.integers(0, N - 1)))
-    def sessions_end(self, slots: set[int]) -> None:
-        self.joined.end(*sorted(slots))
-
-    @rule()
-    def everything_ends(self) -> None:
-        self.joined.end(*range(N))
-
-    @rule()
-    def connect(self) -> None:
-        self.joined.connect()
-
-    @rule()
-    def cut(self) -> None:
-        self.joined.cut()
-
-    @rule(ms=st.integers(0, 150))
-    def pump(self, ms: int) -> None:
-        self.joined.now_ns += ms * MS
-        self.joined.pump()
-
-    @rule(downwards=st.booleans(), take=st.integers(1, 400))
-    def some_bytes_arrive(self, downwards: bool, take: int) -> None:
-        joined = self.joined
-        if joined.receiver is None:
-            return
-        queue = joined.down if downwards else joined.up
-        stream = b"".join(queue)
-        queue.clear()
-        (joined.receiver if downwards else joined.sender).receive(stream[:take], joined.now_ns)
-        if stream[take:]:
-            queue.append(stream[take:])
-
-    @rule()
-    def deliver(self) -> None:
-        self.joined.deliver()
-
-    @rule(which=st.integers(0, 5))
-    def a_frame_is_lost(self, which: int) -> None:
-        """Not on TCP; the engines stand it anyway. Whole frames only: the queue holds frames while none was cut."""
-        joined = self.joined
-        if which < len(joined.down):
-            frame = joined.down[which]
-            code = frame[3] if len(frame) >= 16 else 0
-            length = int.from_bytes(frame[4:8], "little") if len(frame) >= 16 else -1
-            if frame[:2] == b"DP" and length + 16 == len(frame) and code in (16, 17, 18, 4, 5):
-                del joined.down[which]
-
-    @rule()
-    def resync(self) -> None:
-        self.joined.sender.resync()
-
-    @rule()
-    def a_restarts(self) -> None:
-        self.a_epoch += 1
-        self.joined.cut()
-        self.joined.start_a(N, self.a_epoch)
-
-    @rule()
-    def b_restarts(self) -> None:
-        self.joined.cut()
-        self.joined.start_b()
-
-    @rule(seconds=st.sampled_from([1, 4, 100]))
-    def long_silence(self, seconds: int) -> None:
-        self.joined.now_ns += seconds * SECOND
-        self.joined.replicas.age(self.joined.now_ns)
-
-    @rule()
-    def quiet(self) -> None:
-        joined = self.joined
-        joined.quiet(10)
-        if joined.receiver is None or joined.sender.closed or joined.receiver.closed:
-            joined.connect()
-        joined.quiet(80)
-        joined.check_equal()
-        assert joined.sender.settled
-        assert joined.replica.link_up
-        assert list(joined.replicas) == [joined.replica]
-
-    def teardown(self) -> None:
-        self.quiet()
-
-
-Links.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
-TestLinks = Links.TestCase
