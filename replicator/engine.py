@@ -12,6 +12,7 @@ from typing import NamedTuple
 from . import wire
 from .codec import Buffer
 from .replica import Replica
+from .transport.interface import Loss
 from .wire import Frame, FrameReader, Hello, Opcode, ProtocolError, Reason, Role, SyncReason
 
 MS, SECOND = 1_000_000, 1_000_000_000
@@ -52,6 +53,7 @@ class Down(NamedTuple):
     why: str
     refused: int | None = None  # wire.Reason, when one side refused the other
     by_peer: bool = False
+    loss: Loss = Loss.ENDED
 
 
 Event = Up | Synced | Down
@@ -113,7 +115,9 @@ class Engine:
         self._tick(now_ns)
         if not self.closed:
             if now_ns - self._heard_ns >= self.settings.down_ns:
-                self._end(Down(f"the peer was silent for {self.settings.down_ns / SECOND:g} s"), now_ns)
+                self._end(
+                    Down(f"the peer was silent for {self.settings.down_ns / SECOND:g} s", loss=Loss.SILENT), now_ns
+                )
             else:
                 self._produce(now_ns)
                 if not self._ready and self.state is not State.HELLO and self._beat_due_ns <= now_ns:

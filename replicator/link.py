@@ -37,6 +37,7 @@ from .compression import Pays
 from .engine import Down, Engine, Event, LinkSettings, State, Synced, Up
 from .histogram import Histogram
 from .replica import Generations, LinkRefused, Replica, Replicas
+from .transport.interface import Loss
 from .wire import SEQUENCED, Fault, Frame, Hello, Opcode, ProtocolError, Reason, Role, SyncReason
 
 __all__ = ["Down", "Event", "LinkSettings", "Receiver", "Sender", "State", "Synced", "Up"]
@@ -52,6 +53,7 @@ class _InFlight:
 
 
 _TOLD_NOTHING = Dirty(0).claim(0)
+ENDED_SO = "the connection ended"
 CLAIM = 4096  # slots taken from the marks at once
 Picks = Callable[[Slots], Bools]  # for the slots of n sessions: which of them a peer is to hold
 
@@ -103,10 +105,10 @@ class Sender(Engine):
         self._sequence = self._acknowledged = 0
         self._ready.append(wire.pack_hello(self.me))
 
-    def disconnected(self, now_ns: int) -> None:
+    def disconnected(self, now_ns: int, why: str = ENDED_SO, loss: Loss = Loss.ENDED) -> None:
         """The connection is gone."""
         if not self.closed:
-            self._end(Down("the connection ended"), now_ns)
+            self._end(Down(why, loss=loss), now_ns)
         self._let_go(now_ns)
         self._ready.clear()
         self.state = State.IDLE
@@ -389,10 +391,10 @@ class Receiver(Engine):
         self._gap = False  # something was missed since the last SNAPSHOT_BEGIN
         self._start(now_ns)
 
-    def disconnected(self, now_ns: int) -> None:
+    def disconnected(self, now_ns: int, why: str = ENDED_SO, loss: Loss = Loss.ENDED) -> None:
         """The connection is gone."""
         if not self.closed:
-            self._end(Down("the connection ended"), now_ns)
+            self._end(Down(why, loss=loss), now_ns)
         self._ready.clear()
 
     def report(self) -> Mapping[str, object]:

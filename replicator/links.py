@@ -17,7 +17,7 @@ from replicator.admin import Line
 from replicator.link import Down, Event, Receiver, Sender, Synced, Up
 from replicator.replica import Replica, Replicas
 from replicator.sharing import Sharing
-from replicator.transport.interface import Backoff, Connection, Dialer, LinkLost, Listener, PeerUnreachable
+from replicator.transport.interface import Backoff, Connection, Dialer, LinkLost, Listener, Loss, PeerUnreachable
 from replicator.wire import Reason
 
 Clock = Callable[[], int]
@@ -38,6 +38,7 @@ class _Driver:
         self._engine, self._on_event, self._clock = engine, on_event, clock
         self._wake = asyncio.Event()
         self._halted = False
+        self._lost: LinkLost | None = None  # how the connection ended, where it was not in order
 
     def halt(self) -> None:
         """Say nothing any more, whatever the engine would."""
@@ -51,6 +52,7 @@ class _Driver:
     async def drive(self, connection: Connection) -> None:
         """Returns when the link is over; the connection is closed then. Raises nothing of the transport's."""
         engine = self._engine
+        self._lost = None
         reading = asyncio.create_task(self._read(connection))
         try:
             while not self._halted:
@@ -67,15 +69,20 @@ class _Driver:
                         break
                     await self._wait()
         except LinkLost as error:
-            log.debug("%s", error)
+            self._lost = error
             await asyncio.wait({reading}, timeout=PARTING_S)  # why it refused us may lie in the socket
         except asyncio.CancelledError:
             self._on_event = _ignore  # it is we who end it: nothing to say
             raise
         finally:
             reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
-            engine.disconnected(self._clock())
+            (found,) = await asyncio.gather(reading, return_exceptions=True)
+            if isinstance(found, Exception):  # a fault of ours: the link ends, the node goes on
+                log.error("reading from %s failed", connection.remote, exc_info=found)
+            if self._lost is None:
+                engine.disconnected(self._clock())
+            else:
+                engine.disconnected(self._clock(), self._lost.why, self._lost.loss)
             self._tell()
             await connection.close()
 
@@ -86,7 +93,7 @@ class _Driver:
                 self._wake.set()
                 await asyncio.sleep(0)  # a peer that always has more to say does not get the loop for itself
         except LinkLost as error:
-            log.debug("%s", error)
+            self._lost = error
         finally:
             self._wake.set()
 
@@ -115,11 +122,13 @@ class _Ends(Counter[str]):
     def __init__(self) -> None:
         super().__init__()
         self.update(lost=0, refused=0, refused_by_peer=0)
+        self.update({f"lost_{loss}": 0 for loss in Loss})
 
     def note(self, event: Down) -> None:
         """Count one end: ``lost``, or ``refused`` by whom, and why."""
         if event.refused is None:
             self["lost"] += 1
+            self[f"lost_{event.loss}"] += 1
             return
         who = "refused_by_peer" if event.by_peer else "refused"
         self[who] += 1

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 
-from .interface import PEER_TIMEOUT_S, LinkLost
+from .interface import PEER_TIMEOUT_S, LinkLost, Loss
 
 READ_BYTES = 256 << 10
 FEW = 3  # pieces that are copied one by one; more are joined first...
@@ -35,6 +35,7 @@ class Channel(ABC):
         self._pending: deque[memoryview] = deque()
         self._room, self._news = asyncio.Event(), asyncio.Event()
         self._lost: str | None = None
+        self._loss = Loss.RESET
         self._closing = self._released = False
         self._moved = self._turn = self._loop.time()
 
@@ -121,10 +122,10 @@ class Channel(ABC):
             self._pump()
         self._news.set()
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, why: str, loss: Loss = Loss.RESET) -> None:
         """The peer is gone; the first reason counts."""
         if self._lost is None:
-            self._lost = why
+            self._lost, self._loss = why, loss
         self._room.set()
         self._news.set()
 
@@ -132,7 +133,7 @@ class Channel(ABC):
 
     def _check(self) -> None:
         if self._lost is not None:
-            raise LinkLost(f"link with {self.remote} lost: {self._lost}")
+            raise LinkLost(self.remote, self._lost, self._loss)
 
     def _pump(self) -> None:
         if self._pending and self._lost is None and self._put(self._pending):
@@ -144,7 +145,7 @@ class Channel(ABC):
         self._room.clear()
         left = self._moved + PEER_TIMEOUT_S - self._loop.time()
         if left <= 0:
-            self._lose(f"it took nothing for {PEER_TIMEOUT_S} s")
+            self._lose(f"it took nothing for {PEER_TIMEOUT_S} s", Loss.SILENT)
             return
         try:
             async with asyncio.timeout(left):

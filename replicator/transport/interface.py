@@ -10,6 +10,7 @@ loop.
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
+from enum import StrEnum
 from typing import Protocol
 
 from probes.errors import DpvsProbeError
@@ -18,10 +19,23 @@ PEER_TIMEOUT_S = 3
 CROWDED, NOT_SET_UP = "crowded", "not_set_up"  # reasons to refuse that several transports have
 
 
+class Loss(StrEnum):
+    """How a connection was lost; names of counters."""
+
+    ENDED = "ended"  # the peer closed it in order
+    RESET = "reset"  # by the peer's death, by somebody on the way, by the network
+    SILENT = "silent"  # nothing was heard, or nothing taken, for too long
+    TAMPERED = "tampered"  # what came was not what the peer sent: changed, repeated, forged
+
+
 class LinkLost(DpvsProbeError):
-    """The connection to a peer is gone: closed, reset or silent for too long."""
+    """The connection to a peer is gone: closed, reset or silent for too long. ``why``: in words, without the peer."""
 
     help_text = "It is dialled again by itself; look at the peer if this repeats."
+
+    def __init__(self, remote: str, why: str, loss: Loss = Loss.RESET) -> None:
+        super().__init__(f"link with {remote} lost: {why}")
+        self.why, self.loss = why, loss
 
 
 class PeerUnreachable(DpvsProbeError):

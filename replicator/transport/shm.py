@@ -27,7 +27,7 @@ from replicator.seal import HEADER, OFFER_BYTES, OVERHEAD, Agreement, Opener, Pa
 from . import shm_setup
 from .address import os_words, reason
 from .channel import READ_BYTES, Channel, cut
-from .interface import CROWDED, NOT_SET_UP, PEER_TIMEOUT_S, CannotListen, PeerUnreachable
+from .interface import CROWDED, NOT_SET_UP, PEER_TIMEOUT_S, CannotListen, Loss, PeerUnreachable
 from .ring import BrokenRing
 from .shm_setup import BadSetup, Shared, parse
 from .tls import Tls, TlsStream
@@ -135,7 +135,7 @@ class ShmConnection(Channel):
                 return b""
             data = self._read(count) if self._secured is None else self._open(count, self._secured.opener)
         except (BrokenRing, DpvsProbeError) as error:
-            self._lose(str(error))
+            self._lose(str(error), Loss.TAMPERED)
             return b""
         if self._reader.publish():
             self._ring()

@@ -27,7 +27,7 @@ from replicator.seal import OVERHEAD, Opener, Sealer
 
 from .channel import READ_BYTES, Channel, cut
 from .exchange import BadSetup, Kind, Messages, pack, pack_bye, parse_bye
-from .interface import PEER_TIMEOUT_S, Connection, LinkLost
+from .interface import PEER_TIMEOUT_S, Connection, LinkLost, Loss
 
 LOOK_S = 0.002
 TICK_S = 0.25
@@ -190,7 +190,7 @@ class SlotConnection(Channel):
             for slot in slots:
                 at += opener.open_into(slot, self._plain[at:])
         except DpvsProbeError as error:  # what is good of it counts, nothing after it does
-            self._lose(str(error))
+            self._lose(str(error), Loss.TAMPERED)
             self._ready.clear()
         return bytes(self._plain[:at])
 
@@ -247,7 +247,7 @@ class SlotConnection(Channel):
 
     async def _watch_stream(self) -> None:
         """Until the connection ends: our beats, and the peer's."""
-        why = "the peer has ended"
+        why, loss = "the peer has ended", Loss.RESET
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._beat())
@@ -257,10 +257,10 @@ class SlotConnection(Channel):
         except* BadSetup as errors:
             why = str(errors.exceptions[0])
         except* TimeoutError:
-            why = f"no heartbeat for {PEER_TIMEOUT_S} s"
+            why, loss = f"no heartbeat for {PEER_TIMEOUT_S} s", Loss.SILENT
         if not self._released:
             self._drain()  # the peer's last slots were there before it said goodbye, or was gone
-            self._lose(why)
+            self._lose(why, loss)
             self._wake()
 
     async def _beat(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from .address import Address, UnknownHost, reason
-from .interface import CROWDED, PEER_TIMEOUT_S, CannotListen, LinkLost, PeerUnreachable
+from .interface import CROWDED, PEER_TIMEOUT_S, CannotListen, LinkLost, Loss, PeerUnreachable
 
 BUFFER_BYTES = 1 << 20
 READ_BYTES = 256 << 10
@@ -69,14 +69,14 @@ class TcpConnection:
                 self.bytes_sent += len(data)
             await self._writer.drain()
         except OSError as error:
-            raise LinkLost(f"link with {self.remote} lost: {reason(error)}") from error
+            raise LinkLost(self.remote, reason(error), loss_of(error)) from error
 
     async def receive(self) -> bytes:
         """What has come, at least one byte, not cut at frames; b"" when the peer closed in order. Raises LinkLost."""
         try:
             data = await self._reader.read(READ_BYTES)
         except OSError as error:
-            raise LinkLost(f"link with {self.remote} lost: {reason(error)}") from error
+            raise LinkLost(self.remote, reason(error), loss_of(error)) from error
         self.bytes_received += len(data)
         return data
 
@@ -169,6 +169,11 @@ class TcpListener:
         except OSError as error:  # reset before we could look at it
             log.debug("connection lost at once: %s", reason(error))
             writer.transport.abort()
+
+
+def loss_of(error: OSError) -> Loss:
+    """What an error of a connection says of its end."""
+    return Loss.SILENT if isinstance(error, TimeoutError) else getattr(error, "loss", Loss.RESET)
 
 
 def _tune(sock: socket.socket, silence_s: float) -> None:

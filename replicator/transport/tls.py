@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from replicator.keys import Identity, KeyMismatch, KeysError, load_identity, node_of_der
 
 from .address import Address, reason
-from .interface import PeerUnreachable
+from .interface import Loss, PeerUnreachable
 from .tcp import BUFFER_BYTES, READ_BYTES, TcpConnection, TcpDialer, TcpListener, name_of
 
 HANDSHAKE_S = 2.0
@@ -71,6 +71,7 @@ class Refused(ConnectionError):
     def __init__(self, refusal: Refusal, detail: str = "") -> None:
         super().__init__(f"{refusal}: {detail}" if detail else str(refusal))
         self.refusal = refusal
+        self.loss = Loss.TAMPERED if refusal is Refusal.TAMPERED else Loss.RESET  # where a connection ends of it
 
 
 class NotTrusted(PeerUnreachable):

@@ -118,7 +118,8 @@ def test_counters_of_what_went_wrong(tmp_path: Path) -> None:
             assert (to_b["link"]["connections"], to_b["link"]["lost"]) == (1, 0)
             assert (from_a["link"]["connections"], from_a["link"]["lost"]) == (1, 0)
             assert door["link"] == {
-                "lost": 0, "refused": 0, "refused_by_peer": 0, "crowded": 0, "refused_at_the_door": {},
+                "lost": 0, "lost_ended": 0, "lost_reset": 0, "lost_silent": 0, "lost_tampered": 0,
+                "refused": 0, "refused_by_peer": 0, "crowded": 0, "refused_at_the_door": {},
             }  # fmt: skip
 
             wire.cut()
@@ -128,6 +129,7 @@ def test_counters_of_what_went_wrong(tmp_path: Path) -> None:
             to_b, from_a, door = (*(await answer(a, "peers"))[:1], *await answer(b, "peers"))
             assert (to_b["link"]["connections"], to_b["link"]["lost"]) == (2, 1)
             assert (from_a["link"]["connections"], from_a["link"]["lost"]) == (2, 1)
+            assert to_b["link"]["lost_reset"] + to_b["link"]["lost_ended"] == 1
             assert from_a["link"]["records_received"] == 1
 
             b.links._said.clear()

@@ -134,7 +134,7 @@ def test_a_port_that_goes_down_under_a_link_and_comes_back() -> None:
             with pytest.raises(LinkLost):
                 while await far.receive():
                     pass
-                raise LinkLost("in order")
+                raise LinkLost("far", "in order")
             await far.close()
             with pytest.raises(PeerUnreachable, match=r"cannot reach 10\.90\.0\.1: Network is unreachable"):
                 await kind.dialer(listener.address).dial()
