@@ -20,7 +20,7 @@ from replicator.seal import Party
 from replicator.transport import exchange, slots, verbs
 from replicator.transport.address import Address, parse
 from replicator.transport.exchange import BadSetup, Kind, Messages, Side, pack
-from replicator.transport.interface import LinkLost, PeerUnreachable
+from replicator.transport.interface import LinkLost, Loss, PeerUnreachable
 from replicator.transport.rdma import RdmaDialer, RdmaListener
 from replicator.transport.slots import CREDIT, SlotConnection
 from replicator.transport.tcp import TcpDialer, TcpListener
@@ -262,8 +262,9 @@ def test_a_silent_stream_is_a_dead_peer() -> None:
     async def body(near: SlotConnection, far: SlotConnection) -> None:
         near._watch.cancel()  # no beats any more
         began = asyncio.get_running_loop().time()
-        with pytest.raises(LinkLost, match="no heartbeat for 3 s"):
+        with pytest.raises(LinkLost, match="no heartbeat for 3 s") as lost:
             await far.receive()
+        assert lost.value.loss is Loss.SILENT
         assert asyncio.get_running_loop().time() - began < 4  # 2.75, on a machine that is not busy
 
     between(body)
@@ -277,8 +278,9 @@ def test_names_are_proven_and_slots_are_sealed() -> None:
         assert b"secret" not in bytes(queue_of(far).ring)
         assert b"secret" not in bytes(queue_of(near).staging)
         queue_of(far).ring[40] ^= 1
-        with pytest.raises(LinkLost, match="changed on its way"):
+        with pytest.raises(LinkLost, match="changed on its way") as lost:
             await far.receive()
+        assert lost.value.loss is Loss.TAMPERED
 
     between(body, secured=True)
 
@@ -292,8 +294,9 @@ def test_a_slot_that_comes_again_is_refused() -> None:
         here.write(1, [len(b"pay me") + 32])
         await asyncio.sleep(0.02)
         assert bytes(there.ring[:38]) == bytes(there.ring[65536 : 65536 + 38])
-        with pytest.raises(LinkLost, match="a frame came again"):
+        with pytest.raises(LinkLost, match="a frame came again") as lost:
             await far.receive()
+        assert lost.value.loss is Loss.TAMPERED
 
     between(body, secured=True)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from replicator.transport import shm_setup
 from replicator.transport.address import BadAddress
-from replicator.transport.interface import CannotListen, LinkLost, PeerUnreachable
+from replicator.transport.interface import CannotListen, LinkLost, Loss, PeerUnreachable
 from replicator.transport.ring import CONTROL_BYTES, BrokenRing, Reader, Writer
 from replicator.transport.shm import RING_BYTES, Security, ShmConnection, ShmDialer, ShmListener, parse
 from tests.unit import transports
@@ -316,8 +316,9 @@ def test_names_are_proven_and_what_is_written_is_sealed(path: Path) -> None:
         await near.send([b"a secret that nobody reads"])
         assert b"secret" not in bytes(near._shared.memory[:])
         near._shared.memory[CONTROL + 40] ^= 1
-        with pytest.raises(LinkLost, match="changed on its way"):
+        with pytest.raises(LinkLost, match="changed on its way") as lost:
             await far.receive()
+        assert lost.value.loss is Loss.TAMPERED
         await asyncio.gather(near.close(), far.close(), listener.close())
 
     asyncio.run(body())

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from replicator import keys as k
 from replicator.transport import tls as module
 from replicator.transport.address import Address
-from replicator.transport.interface import LinkLost, PeerUnreachable
+from replicator.transport.interface import LinkLost, Loss, PeerUnreachable
 from replicator.transport.tcp import BUFFER_BYTES, TcpConnection, TcpDialer, TcpListener
 from replicator.transport.tls import NotTrusted, Refusal, Refused, Tls, TlsDialer, TlsListener, TlsStream, explain
 
@@ -249,8 +249,9 @@ def test_changed_on_the_way(lb1: Tls, lb2: Tls) -> None:
         record = bytearray(stream._outgoing.read())
         record[-1] ^= 1
         stream.transport.write(bytes(record))
-        with pytest.raises(LinkLost, match="changed on its way"):
+        with pytest.raises(LinkLost, match="changed on its way") as lost:
             await far.receive()
+        assert lost.value.loss is Loss.TAMPERED
         with pytest.raises(LinkLost, match="refuses us"):
             await near.receive()
 
@@ -264,8 +265,9 @@ def test_replayed_and_reordered_records(lb1: Tls, lb2: Tls) -> None:
         record = stream._outgoing.read()
         stream.transport.write(record + record)
         assert await read_all(far, 4) == b"once"
-        with pytest.raises(LinkLost, match="changed on its way"):
+        with pytest.raises(LinkLost, match="changed on its way") as lost:
             await far.receive()
+        assert lost.value.loss is Loss.TAMPERED
 
     connected(lb2, lb1, body)
 
