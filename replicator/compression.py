@@ -1,31 +1,50 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When compressing pays, measured per connection. No clock: time is an argument."""
+"""When compressing pays, tried and measured per connection. No clock: time is an argument.
+
+Rules
+- What counts is how fast *sessions* arrive, in bytes before compression, while the window holds us back. A link that
+  never does that is left alone, and so is one faster than LZ4 could help.
+- Else it is tried: LZ4 on, what is still on its way from before let through, the rate measured again. It stays on if
+  that was faster by a seventh: where the receiver is slow, not the link, it is not, and goes off again.
+- The other way is tried again now and then, seldom if it never pays, as links and loads change.
+"""
 
 SECOND = 1_000_000_000
 
 SLOW_BYTES_PER_S = 150 << 20  # a little more than 1 Gbit/s; LZ4 packs sessions several times as fast
-JUDGE_NS = 20_000_000  # of being held back, before the link is judged anew
+JUDGE_NS = 20_000_000  # of being held back, for one measurement
+GAIN = 8, 7  # that much faster is better
+AGAIN_NS, SELDOM_NS = 10 * SECOND, 300 * SECOND  # until the next trial, after one that failed: doubled up to ...
+KEEP_NS = 60 * SECOND  # after one that paid
 UNPAID_FRAMES = 8  # that did not shrink, one after the other, ...
 PAUSE_FRAMES = 256  # ... and so many are not tried
 
 
 class Pays:
-    """Whether compressing pays: when the link, not we, is what holds us back, and slower than LZ4 makes up for."""
+    """Whether compressing pays on this connection."""
 
     def __init__(self, setting: bool | None) -> None:
         """``setting``: True or False decide, None measures."""
         self._setting = setting
-        self.bytes_per_s = 0  # of the link, while it held us back; 0: it never did
+        self.reset()
+
+    def reset(self) -> None:
+        """Another connection: perhaps another way."""
+        self.bytes_per_s = 0  # of sessions, uncompressed, as last measured; 0: we were never held back
+        self.trials = 0
+        self._on = False
+        self._before: int | None = None  # the rate without the change that is tried now
+        self._due_ns = 0  # of the next trial
+        self._wait_ns = AGAIN_NS
+        self._old_bytes = 0  # sent before the last change, to be let through
         self._since_ns: int | None = None  # held back, and what came since then counted, from here on
-        self._bytes = self._busy_ns = 0
+        self._wire = self._plain = self._busy_ns = 0
         self._unpaid = self._pause = 0
 
     @property
     def on(self) -> bool:
         """Compress the next frame."""
-        if self._setting is not None:
-            return self._setting
-        return 0 < self.bytes_per_s < SLOW_BYTES_PER_S and not self._pause
+        return self._on and not self._pause if self._setting is None else self._setting
 
     def waiting(self, now_ns: int, *, held_back: bool) -> None:
         """After each round of sending: is there more, and no room for it?"""
@@ -34,16 +53,23 @@ class Pays:
         elif self._since_ns is None:
             self._since_ns = now_ns
 
-    def acknowledged(self, size: int, now_ns: int) -> None:
-        """Bytes of frames that arrived."""
-        if self._since_ns is None:
+    def acknowledged(self, wire: int, plain: int, in_flight: int, now_ns: int) -> None:
+        """Frames arrived: their bytes, their bytes before compression, and the bytes that are still on their way."""
+        self._old_bytes -= wire
+        if self._since_ns is None or self._setting is not None:
             return
-        self._bytes += size
-        self._busy_ns += max(0, now_ns - self._since_ns)
+        spent = max(0, now_ns - self._since_ns)
         self._since_ns = now_ns
+        if self._old_bytes > 0:
+            return
+        self._wire += wire
+        self._plain += plain
+        self._busy_ns += spent
         if self._busy_ns >= JUDGE_NS:
-            self.bytes_per_s = max(1, self._bytes * SECOND // self._busy_ns)
-            self._bytes = self._busy_ns = 0
+            link = self._wire * SECOND // self._busy_ns
+            self.bytes_per_s = max(1, self._plain * SECOND // self._busy_ns)
+            self._wire = self._plain = self._busy_ns = 0
+            self._judge(link, in_flight, now_ns)
 
     def packed(self, *, smaller: bool) -> None:
         """What became of a frame of sessions."""
@@ -54,7 +80,24 @@ class Pays:
             if self._unpaid >= UNPAID_FRAMES:
                 self._unpaid, self._pause = 0, PAUSE_FRAMES
 
-    def reset(self) -> None:
-        """Another connection: perhaps another way."""
-        self._since_ns = None
-        self.bytes_per_s = self._bytes = self._busy_ns = self._unpaid = self._pause = 0
+    def _judge(self, link: int, in_flight: int, now_ns: int) -> None:
+        if self._before is None:
+            if now_ns >= self._due_ns and (self._on or link < SLOW_BYTES_PER_S):
+                self.trials += 1
+                self._before = self.bytes_per_s
+                self._switch(in_flight)
+            return
+        without, with_ = (self._before, self.bytes_per_s) if self._on else (self.bytes_per_s, self._before)
+        self._before = None
+        pays = with_ * GAIN[1] > without * GAIN[0]
+        if pays != self._on:
+            self._switch(in_flight)
+        if pays:
+            self._due_ns, self._wait_ns = now_ns + KEEP_NS, AGAIN_NS
+        else:
+            self._due_ns, self._wait_ns = now_ns + self._wait_ns, min(2 * self._wait_ns, SELDOM_NS)
+
+    def _switch(self, in_flight: int) -> None:
+        self._on = not self._on
+        self._old_bytes = in_flight
+        self._unpaid = self._pause = 0

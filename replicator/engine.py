@@ -39,6 +39,12 @@ class Up(NamedTuple):
     full_sync: SyncReason | None  # sender's side: why all is sent again; None when the link goes on where it was
 
 
+class Syncing(NamedTuple):
+    """A full sync begins (sender)."""
+
+    reason: SyncReason
+
+
 class Synced(NamedTuple):
     """A full sync is in (receiver), or acknowledged (sender)."""
 
@@ -56,7 +62,7 @@ class Down(NamedTuple):
     loss: Loss = Loss.ENDED
 
 
-Event = Up | Synced | Down
+Event = Up | Syncing | Synced | Down
 
 
 class State(Enum):

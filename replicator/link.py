@@ -22,7 +22,7 @@ Rules:
     ``closed`` and all written, or EOF      disconnected(now), and close the connection
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -34,13 +34,13 @@ from collector.table import Dirty, SessionTable, Taken
 from . import codec, wire
 from .codec import ENDED, IPV4, IPV6, SIZES, Buffer
 from .compression import Pays
-from .engine import Down, Engine, Event, LinkSettings, State, Synced, Up
+from .engine import Down, Engine, Event, LinkSettings, State, Synced, Syncing, Up
 from .histogram import Histogram
 from .replica import Generations, LinkRefused, Replica, Replicas
 from .transport.interface import Loss
 from .wire import SEQUENCED, Fault, Frame, Hello, Opcode, ProtocolError, Reason, Role, SyncReason
 
-__all__ = ["Down", "Event", "LinkSettings", "Receiver", "Sender", "State", "Synced", "Up"]
+__all__ = ["Down", "Event", "LinkSettings", "Receiver", "Sender", "State", "Synced", "Syncing", "Up"]
 
 
 @dataclass(slots=True)
@@ -49,6 +49,7 @@ class _InFlight:
 
     sequence: int
     size: int
+    plain: int  # its size before compression
     told: Taken
 
 
@@ -92,6 +93,7 @@ class Sender(Engine):
         self._end_sequence: int | None = None  # SNAPSHOT_END, while it is not acknowledged
         self._compress = Pays(self.settings.compress)
         self.full_sync_reason: SyncReason | None = None  # of the last one
+        self.full_syncs: Counter[str] = Counter()  # by reason
         self.last_sync_ns = 0  # how long it took
         self.latency = Histogram()  # change seen in DPVS -> acknowledged by the peer
 
@@ -154,9 +156,12 @@ class Sender(Engine):
             "in_flight_frames": len(self._flight),
             "in_flight_bytes": self._flight_bytes,
             "full_sync_reason": self.full_sync_reason.name.lower() if self.full_sync_reason else None,
+            "full_syncs_by_reason": dict(self.full_syncs),
             "full_sync_ns": self.last_sync_ns,
             "latency": self.latency.report(),
             "compressing": self._compress.on,
+            "compression_trials": self._compress.trials,
+            "held_back_bytes_per_s": self._compress.bytes_per_s,
         }
 
     def next_deadline(self, now_ns: int) -> int | None:
@@ -213,15 +218,16 @@ class Sender(Engine):
         self._acknowledged = sequence
         if self._begin_sequence <= sequence:
             self._begin_sequence = 0
-        size = 0
+        size = plain = 0
         while self._flight and self._flight[0].sequence <= sequence:
             frame = self._flight.popleft()
             size += frame.size
+            plain += frame.plain
             self.counters["acknowledged"] += len(frame.told.slots)
             since = frame.told.since_ns[frame.told.since_ns > 0]
             self.latency.add(now_ns - since)
         self._flight_bytes -= size
-        self._compress.acknowledged(size, now_ns)
+        self._compress.acknowledged(size, plain, self._flight_bytes, now_ns)
         if self._end_sequence is not None and sequence >= self._end_sequence:
             self._snapshot = self._end_sequence = None
             if self._picks is not None:
@@ -250,6 +256,8 @@ class Sender(Engine):
         if self._due is not None:
             if not self._table.complete:
                 return  # what we have not seen yet would be dropped there
+            if self._window_full:
+                return  # a peer that asks for it without end and acknowledges nothing costs no memory
             self._begin_full_sync(self._due, now_ns)
         while not self._window_full and self._worth_sending(now_ns):
             room = (self.settings.window_bytes - self._flight_bytes) // SIZES[IPV6]
@@ -270,6 +278,8 @@ class Sender(Engine):
         self._due = None
         self.full_sync_reason = reason
         self.counters["full_syncs"] += 1
+        self.full_syncs[reason.name.lower()] += 1
+        self._events.append(Syncing(reason))
         self._snapshots += 1
         share = self._share()
         self._snapshot, self._snapshot_ns = self._snapshots, now_ns
@@ -352,7 +362,7 @@ class Sender(Engine):
     def _send(self, frame: Buffer, told: Taken, plain_bytes: int = 0) -> None:
         self._sequence += 1
         size = len(frame)
-        self._flight.append(_InFlight(self._sequence, size, told))
+        self._flight.append(_InFlight(self._sequence, size, max(plain_bytes, size), told))
         self._flight_bytes += size
         self._ready.append(frame)
         self.counters["frames_sent"] += 1

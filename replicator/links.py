@@ -14,13 +14,21 @@ from collections.abc import Callable, Iterable
 
 from probes.errors import DpvsProbeError
 from replicator.admin import Line
-from replicator.link import Down, Event, Receiver, Sender, Synced, Up
+from replicator.link import Down, Event, Receiver, Sender, Synced, Syncing, Up
 from replicator.replica import Replica, Replicas
 from replicator.sharing import Sharing
 from replicator.transport.interface import Backoff, Connection, Dialer, LinkLost, Listener, Loss, PeerUnreachable
-from replicator.wire import Reason
+from replicator.wire import Reason, SyncReason
 
 Clock = Callable[[], int]
+WHY = {
+    SyncReason.FIRST: "it never had any",
+    SyncReason.PEER_RESTARTED: "it is another run of it",
+    SyncReason.NOT_HELD: "it has let go of some that it held",
+    SyncReason.GAP: "it missed something",
+    SyncReason.REQUESTED: "it was asked for",
+    SyncReason.SHARED_ANEW: "the peers share them in another way now",
+}
 MAX_INBOUND = 128
 MAX_NODES = 256  # whose counters are kept apart
 MAX_SAID = 1000
@@ -219,8 +227,10 @@ class Outbound:
         if isinstance(event, Up):
             self.node, self.since_ns, self.note, self._said = event.peer.node, now, "", ""
             self._backoff.reset()
-            what = "going on where it was" if event.full_sync is None else "sending all sessions"
+            what = "going on where it was" if event.full_sync is None else "it needs all sessions"
             log.info("peer %s (%s) is up, %s", self.node, self._dialer.address, what)
+        elif isinstance(event, Syncing):
+            log.info("sending all sessions to peer %s: %s", self.node, WHY[event.reason])
         elif isinstance(event, Synced):
             log.info("peer %s has all %d sessions, after %.0f ms", self.node, event.sessions, event.took_ns / 1e6)
         elif isinstance(event, Down):

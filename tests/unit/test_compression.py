@@ -3,62 +3,117 @@
 
 import pytest
 
-from replicator.compression import PAUSE_FRAMES, UNPAID_FRAMES, Pays
+from replicator.compression import AGAIN_NS, KEEP_NS, PAUSE_FRAMES, SECOND, UNPAID_FRAMES, Pays
 
 MS = 1_000_000
+WINDOW = 4 << 20
+RATIO = 0.55  # what LZ4 leaves of sessions
 
 
-def busy(pays: Pays, bytes_per_ms: int, ms: int = 100) -> None:
-    pays.waiting(0, held_back=True)
-    for now in range(1, ms + 1):
-        pays.acknowledged(bytes_per_ms, now * MS)
-        pays.waiting(now * MS, held_back=True)
+class Way:
+    """A link of so many bytes a second to a receiver that takes so many bytes of sessions a second, kept busy."""
+
+    def __init__(self, link: float, receiver: float, setting: bool | None = None, ratio: float = RATIO) -> None:
+        self.link, self.receiver, self.ratio = link, receiver, ratio
+        self.pays = Pays(setting)
+        self.now_ns = 10**12
+        self.flight: list[tuple[float, float]] = []  # wire and plain bytes, a millisecond's worth each
+
+    def busy(self, ms: int) -> "Way":
+        self.pays.waiting(self.now_ns, held_back=True)
+        for _ in range(ms):
+            while sum(wire for wire, _ in self.flight) < min(WINDOW, self.link / 20):  # 50 ms at the most
+                left = self.ratio if self.pays.on else 1.0
+                plain = min(self.link / left, self.receiver) / 1000
+                self.flight.append((plain * left, plain))
+                self.pays.packed(smaller=left < 0.9)
+            wire, plain = self.flight.pop(0)
+            self.now_ns += MS
+            self.pays.acknowledged(int(wire), int(plain), int(sum(w for w, _ in self.flight)), self.now_ns)
+            self.pays.waiting(self.now_ns, held_back=True)
+        return self
 
 
 def test_a_link_that_never_held_us_back_is_fast() -> None:
     pays = Pays(None)
-    pays.acknowledged(10, 10**12)
+    pays.acknowledged(10, 10, 0, 10**12)
     pays.waiting(10**12, held_back=False)
     assert not pays.on
-    assert pays.bytes_per_s == 0
+    assert (pays.bytes_per_s, pays.trials) == (0, 0)
 
 
-@pytest.mark.parametrize(("bytes_per_ms", "on"), [(1000, True), (150_000, True), (160_000, False), (1_000_000, False)])
-def test_slow_links_compress(bytes_per_ms: int, on: bool) -> None:
-    pays = Pays(None)
-    busy(pays, bytes_per_ms)
-    assert pays.on is on
-    assert pays.bytes_per_s == pytest.approx(bytes_per_ms * 1000)
+@pytest.mark.parametrize(
+    ("link", "receiver", "on"),
+    [
+        (1e6, 1e9, True),
+        (100e6, 1e9, True),  # a gigabit
+        (1e9, 2e9, False),  # ten of them: not even tried
+        (1e9, 100e6, False),  # the receiver is what is slow
+        (100e6, 105e6, False),  # both are
+        (100e6, 150e6, True),
+    ],
+)
+def test_it_is_tried_and_stays_where_it_pays(link: float, receiver: float, on: bool) -> None:
+    way = Way(link, receiver).busy(8000)
+    assert way.pays.on is on
+    assert way.pays.trials == (0 if min(link, receiver) > 160e6 else 1)
+    assert way.pays.bytes_per_s == pytest.approx(min(link / (RATIO if on else 1), receiver), rel=0.1)
+
+
+def test_a_trial_that_failed_comes_again_and_ever_more_seldom() -> None:
+    way = Way(1e9, 100e6).busy(1000)
+    counts = []
+    for _ in range(8):
+        way.busy(AGAIN_NS // MS)
+        counts.append(way.pays.trials)
+    assert counts[0] == 2
+    assert counts[-1] == 4
+    assert not way.pays.on
+
+
+def test_when_the_receiver_becomes_faster_it_comes_on() -> None:
+    way = Way(100e6, 100e6).busy(1000)
+    assert not way.pays.on
+    way.receiver = 1e9
+    assert way.busy(AGAIN_NS // MS + 1000).pays.on
+
+
+def test_when_the_link_becomes_faster_it_goes_off() -> None:
+    way = Way(50e6, 120e6).busy(2000)
+    assert way.pays.on
+    way.link = 2e9
+    assert not way.busy(KEEP_NS // MS + 1000).pays.on
 
 
 def test_a_few_small_acknowledgements_judge_nothing() -> None:
-    pays = Pays(None)
-    busy(pays, 1, ms=19)
-    assert not pays.on
+    assert Way(1000, 1000).busy(19).pays.trials == 0
 
 
 def test_what_does_not_shrink_is_left_alone_for_a_while() -> None:
-    pays = Pays(None)
-    busy(pays, 1000)
+    way = Way(100e6, 1e9).busy(2000)
     for _ in range(UNPAID_FRAMES):
-        assert pays.on
-        pays.packed(smaller=False)
+        assert way.pays.on
+        way.pays.packed(smaller=False)
     for _ in range(PAUSE_FRAMES):
-        assert not pays.on
-        pays.packed(smaller=False)
-    assert pays.on
+        assert not way.pays.on
+        way.pays.packed(smaller=False)
+    assert way.pays.on
+
+
+def test_what_never_shrinks_is_given_up() -> None:
+    way = Way(100e6, 1e9, ratio=1.0).busy(5000)
+    assert not way.pays.on
+    assert way.pays.trials == 1
 
 
 def test_the_operator_decides() -> None:
-    pays = Pays(True)
-    assert pays.on
-    pays = Pays(False)
-    busy(pays, 1)
-    assert not pays.on
+    assert Way(1e9, 1e9, True).busy(100).pays.on
+    assert not Way(1e6, 1e9, False).busy(3000).pays.on
 
 
 def test_another_connection_is_measured_anew() -> None:
-    pays = Pays(None)
-    busy(pays, 1000)
-    pays.reset()
-    assert not pays.on
+    way = Way(100e6, 1e9).busy(2000)
+    assert way.pays.on
+    way.pays.reset()
+    assert not way.pays.on
+    assert way.now_ns > SECOND

@@ -11,7 +11,7 @@ import pytest
 from collector.record import RECORD, Records, pick
 from collector.table import SessionTable
 from replicator import wire
-from replicator.link import Down, Event, LinkSettings, Receiver, Sender, State, Synced, Up
+from replicator.link import Down, Event, LinkSettings, Receiver, Sender, State, Synced, Syncing, Up
 from replicator.replica import Replica, Replicas
 from replicator.wire import Hello, Opcode, Reason, Role, SyncReason
 from tests.unit.session_records import sessions
@@ -20,9 +20,11 @@ MS, SECOND = 1_000_000, 1_000_000_000
 
 
 def events(engine: Sender | Receiver) -> list[Event]:
+    """What happened since the last call, but for the beginnings of full syncs."""
     found = []
     while (event := engine.next_event()) is not None:
-        found.append(event)
+        if not isinstance(event, Syncing):
+            found.append(event)
     return found
 
 
@@ -593,6 +595,34 @@ def test_sessions_of_a_dead_origin_live_as_long_as_their_timeouts(joined: Joined
     joined.connect()
     joined.quiet()
     assert joined.sender.full_sync_reason is SyncReason.NOT_HELD
+    joined.check_equal()
+
+
+def test_each_full_sync_says_why_when_it_begins() -> None:
+    joined = Joined()
+    joined.put(sessions(5))
+    joined.connect()
+    joined.quiet()
+    joined.sender.resync()
+    joined.quiet()
+    said = []
+    while (event := joined.sender.next_event()) is not None:
+        said += [event.reason] if isinstance(event, Syncing) else []
+    assert said == [SyncReason.FIRST, SyncReason.REQUESTED]
+    assert joined.sender.report()["full_syncs_by_reason"] == {"first": 1, "requested": 1}
+
+
+def test_a_peer_that_asks_without_end_and_acknowledges_nothing() -> None:
+    joined = Joined(window_frames=8)
+    joined.put(sessions(5))
+    joined.connect()
+    joined.quiet()
+    for _ in range(100):
+        joined.sender.receive(wire.pack_resync(SyncReason.REQUESTED), joined.now_ns)
+        joined.sender.outgoing(joined.now_ns)
+        assert joined.sender.in_flight <= 8 + 2
+    joined.connect()
+    joined.quiet()
     joined.check_equal()
 
 
