@@ -221,8 +221,8 @@ class _Attachment:
             Outbound(dialer, Sender(table, table.add_peer(dialer.address), me, options.link), CLOCK)
             for dialer in dialers
         ]
-        partly = options.replicas is not None and options.replicas < len(outbound)
-        sharing = Sharing(table, outbound, options.replicas) if partly and options.replicas else None
+        replicated = options.replicas or len(outbound)
+        sharing = Sharing(table, outbound, replicated) if replicated < len(outbound) else None
         links = Links(
             outbound,
             replicas,
