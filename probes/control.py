@@ -30,6 +30,7 @@ RETRY_SECONDS = 0.005
 MAX_REPLY_BYTES = 64 << 20
 MAX_PAGES = 1 << 20  # of a list of sessions
 _SUN_PATH = 107
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
 
 # enum conn_get_flags, conn_get_result: DPVS 1.10.2, include/conf/conn.h
 FLAG_ALL, FLAG_MORE, FLAG_SPECIFIED, FLAG_TEMPLATE = 1, 2, 4, 8
@@ -206,8 +207,7 @@ class ControlSocket:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             try:
                 connection.setblocking(False)
-                # The kernel doubles the number and counts its own overhead: three times holds a whole request.
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, max(3 * size, 1 << 16))
+                _make_room(connection, size)
                 _connect_path(connection, self.path)
                 return connection
             except BlockingIOError:  # the backlog of one is taken
@@ -258,6 +258,18 @@ def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
             raise EOFError(f"{got} of {size} bytes came")
         got += count
     return bytes(data)
+
+
+def _make_room(connection: socket.socket, size: int) -> None:
+    """Make the send buffer so large that a request of ``size`` bytes leaves at once, whatever becomes of us then.
+
+    The kernel doubles the number and counts its own overhead: three times holds a whole request. Root may go beyond
+    the system's limit (net.core.wmem_max); who may not sends the rest of a large request while DPVS reads.
+    """
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, max(3 * size, 1 << 16))
+    except PermissionError:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, max(3 * size, 1 << 16))
 
 
 def _connect_path(connection: socket.socket, path: str) -> None:

@@ -59,7 +59,7 @@ def examine(pid: int, *, layout_name: str | None = None, lock_holder: int | None
         yield answers
         yield from _memory(target, layout, control if answers.ok else None)
         yield from _sites(target)
-        yield from _agent(target)
+        yield from _agent(target, layout)
 
 
 def _privileges() -> Check:
@@ -137,7 +137,7 @@ def _sites(target: Target) -> Iterator[Check]:
         yield Check(f"{point} site", True if site.cheap else None, detail, dear)
 
 
-def _agent(target: Target) -> Iterator[Check]:
+def _agent(target: Target, layout: Layout) -> Iterator[Check]:
     """What putting peers' sessions in needs; a node with --no-inject or without --listen does without."""
     advice = "Attach with --no-inject to replicate without it."
     try:
@@ -159,13 +159,17 @@ def _agent(target: Target) -> Iterator[Check]:
     if door is None:
         yield Check("agent", True, "not in DPVS yet, would be loaded")
         return
-    found = f"version {door.version} is in DPVS, {door.state.name.lower()}"
-    if int(door.data["abi"]) != abi.ABI:
-        yield Check("agent", False, f"{found}, of another interface", advice)
-    elif door.state is abi.State.POISONED:
-        yield Check("agent", False, f"{found}: {door.error}", advice)
-    else:
-        yield Check("agent", True, found)
+    found = f"version {door.version} (build {door.build}) is in DPVS"
+    if not door.is_installed():
+        yield Check("agent", True, f"{found} and never came up ({door.error}), another would be loaded")
+        return
+    try:
+        ours = loading.is_ours(door, layout)
+    except DpvsProbeError as error:
+        yield Check("agent", False, str(error), advice)
+        return
+    found += f", {door.state.name.lower()}"
+    yield Check("agent", True, found if ours else f"{found}; ours (build {abi.BUILD}) would take over from it")
 
 
 def _failed(name: str, error: DpvsProbeError) -> Check:

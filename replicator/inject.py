@@ -62,6 +62,8 @@ _MODES[[FNAT, DR]] = True
 class Agent(Protocol):
     """What the injector asks of ``probes.agent.client.AgentClient``."""
 
+    @property
+    def max_records(self) -> int: ...  # of one request
     def submit(self, ops: npt.NDArray[np.uint8], records: Records) -> int: ...
     def results(self, request_id: int) -> npt.NDArray[np.uint8] | None: ...
 
@@ -243,7 +245,7 @@ class Injector:
 
     def _room(self) -> int:
         """Records that the agent would take now."""
-        return (abi.MAX_REQUESTS - len(self._batches)) * abi.MAX_RECORDS
+        return max(0, abi.MAX_REQUESTS - len(self._batches)) * self._agent.max_records
 
     def _collect(self, now_ns: int) -> None:
         waiting = []
@@ -330,8 +332,9 @@ class Injector:
 
     def _submit(self, c: _Copies, slots: Slots, ops: npt.NDArray[np.uint8], records: Records) -> None:
         np.add.at(c.busy, slots, 1)
-        for begin in range(0, len(slots), abi.MAX_RECORDS):
-            part = slice(begin, begin + abi.MAX_RECORDS)
+        size = self._agent.max_records
+        for begin in range(0, len(slots), size):
+            part = slice(begin, begin + size)
             batch = _Batch(c, slots[part], ops[part], records[part])
             batch.sent = self._executor.submit(self._agent.submit, batch.ops, batch.records)
             self._batches.append(batch)

@@ -14,9 +14,10 @@ import numpy as np
 
 HEADER = Path(__file__).with_name("agent_abi.h")
 
-ABI = 1
-MAX_RECORDS = 512
-MAX_REQUESTS = 16
+ABI = 2
+BUILD = 2
+MAX_RECORDS = 4096
+MAX_REQUESTS = 8
 RESULTS = 64
 MAX_WORKERS = 64
 OFFSETS = 96
@@ -34,6 +35,7 @@ class State(IntEnum):
     RETIRED = 2
     POISONED = 3
     FAILED = 4
+    REPLACED = 5
 
 
 class Op(IntEnum):
@@ -43,6 +45,7 @@ class Op(IntEnum):
     BATCH = 2
     RETIRE = 3
     REVIVE = 4
+    TRIAL = 5
 
 
 class RecordOp(IntEnum):
@@ -85,7 +88,8 @@ CONFIG = np.dtype(
         ("time_limit_ms", "<u4"), ("sockopt_version", "<u4"), ("sockopt_set_conn", "<u4"),
         ("sockopt_get_conn_min", "<u4"), ("sockopt_get_conn_max", "<u4"),
         ("msg_type_work", "<u4"), ("msg_type_done", "<u4"), ("chunk_limit_ns", "<u4"),
-        ("reserved", "<u4", 6), ("offsets", "<u2", OFFSETS),
+        ("worker_share", "<u4"), ("watchdog_ms", "<u4"), ("start_retired", "<u4"), ("reserved", "<u4"),
+        ("digest", "<u8"), ("old_door", "<u8"), ("old_token", "<u8"), ("offsets", "<u2", OFFSETS),
     ]
 )  # fmt: skip
 
@@ -94,11 +98,12 @@ WORKER = np.dtype([("chunks", "<u8"), ("records", "<u8"), ("busy_ns", "<u8"), ("
 RESULT = np.dtype(
     [
         ("request_id", "<u8"), ("count", "<u4"), ("done", "<u4"), ("begin_ns", "<u8"), ("end_ns", "<u8"),
-        ("codes", "u1", MAX_RECORDS),
+        ("conn", "<u8"), ("reserved", "<u8"),
     ]
 )  # fmt: skip
+# What the door's ``results`` points to: RESULTS heads, then as many arrays of MAX_RECORDS codes.
+RESULT_HEADS_BYTES = RESULTS * RESULT.itemsize
 
-# The part of the door before the results; those follow it, RESULTS of them.
 DOOR = np.dtype(
     [
         ("magic", "S16"), ("abi", "<u4"), ("state", "<u4"), ("token", "<u8"), ("entry", "<u8"), ("slot", "<u8"),
@@ -106,11 +111,12 @@ DOOR = np.dtype(
         ("version", "S32"), ("error", "S128"),
         ("requests", "<u8"), ("malformed", "<u8"), ("wrong_token", "<u8"), ("busy", "<u8"), ("refused", "<u8"),
         ("outstanding", "<u8"), ("loaded_ns", "<u8"),
-        ("set_handler", "<u8"), ("work_handler", "<u8"), ("done_handler", "<u8"), ("reserved", "<u8", 9),
+        ("set_handler", "<u8"), ("work_handler", "<u8"), ("done_handler", "<u8"), ("trampolines", "<u8"),
+        ("build", "<u4"), ("worker_share", "<u4"), ("digest", "<u8"), ("results", "<u8"), ("accepted", "<u8"),
+        ("reserved", "<u8", 4),
         ("by_code", "<u8", 64), ("workers", WORKER, MAX_WORKERS),
     ]
 )  # fmt: skip
-DOOR_BYTES = DOOR.itemsize + RESULTS * RESULT.itemsize
 
 REQUEST = np.dtype(
     [

@@ -14,8 +14,14 @@
 
 #include "agent_abi.h"
 
+extern __thread unsigned int per_lcore__lcore_id; /* DPDK: which lcore this thread is */
+
+/* Everything of ours stays ours: DPVS exports all its functions, and an older agent in the process has the same names. */
+#pragma GCC visibility push(hidden)
+
 extern struct agent_config agent_config;
 extern struct agent_door agent_door;
+extern struct agent_results agent_results;
 #define door agent_door
 #define config agent_config
 
@@ -84,9 +90,6 @@ struct agent_dpvs {
 };
 extern struct agent_dpvs dpvs;
 
-
-extern __thread unsigned int per_lcore__lcore_id; /* DPDK: which lcore this thread is */
-
 /* ---- state (agent.c) ---- */
 
 uint64_t now_ns(void);
@@ -101,6 +104,7 @@ static inline bool is_ready(void) { return __atomic_load_n(&door.state, __ATOMIC
 uint8_t check_record(const struct agent_record *r);
 uint8_t upsert_session(const struct agent_record *r, unsigned lcore);
 uint8_t delete_session(const struct agent_record *r);
+uint64_t address_of_session(const struct agent_record *r); /* 0: there is none */
 
 /* ---- requests (batch.c) ---- */
 
@@ -108,5 +112,7 @@ void batch_init(unsigned main_lcore, uint64_t worker_mask);
 int batch_set(uint32_t opt, const void *in, size_t in_bytes); /* master: what SOCKOPT_SET_CONN does */
 int batch_work(void *msg);				      /* worker: one chunk of records */
 int batch_done(void *msg);				      /* master: a chunk is done */
+
+#pragma GCC visibility pop
 
 #endif

@@ -11,10 +11,14 @@
 
 #include <stdint.h>
 
-#define AGENT_ABI 1
-#define AGENT_MAX_RECORDS 512  /* records a request */
-#define AGENT_MAX_REQUESTS 16  /* requests outstanding */
-#define AGENT_RESULTS 64       /* results kept, newest first to be overwritten last */
+#define AGENT_ABI 2
+/* Goes up with each change of the agent's code: a higher one takes over from a lower one, never the other way round. */
+#ifndef AGENT_BUILD
+#define AGENT_BUILD 2
+#endif
+#define AGENT_MAX_RECORDS 4096 /* records a request: 590 KiB, read and split by the master in well under a millisecond */
+#define AGENT_MAX_REQUESTS 8   /* requests outstanding */
+#define AGENT_RESULTS 64       /* results kept, the oldest is overwritten first */
 #define AGENT_MAX_WORKERS 64
 #define AGENT_OFFSETS 96
 
@@ -130,11 +134,17 @@ struct agent_config {
 	uint32_t sockopt_get_conn_max;
 	uint32_t msg_type_work; /* master to worker */
 	uint32_t msg_type_done; /* worker to master */
-	uint32_t chunk_limit_ns; /* how long one callback on a worker may take */
-	uint32_t reserved[6];
+	uint32_t chunk_limit_ns; /* when one callback on a worker ends, whatever is left of its chunk */
+	uint32_t worker_share;	 /* percent of a worker's time that we take at most, while it is not that busy */
+	uint32_t watchdog_ms;	 /* a worker that takes longer over one chunk is not to be trusted any more */
+	uint32_t start_retired;	 /* 1: begin as a stub, to be woken later */
+	uint32_t reserved;
+	uint64_t digest;   /* of the offsets and ids in here: which layout this agent goes by */
+	uint64_t old_door; /* the door of the agent to take over from; 0: there is none */
+	uint64_t old_token;
 	uint16_t offsets[AGENT_OFFSETS]; /* by AGENT_FIELDS; 0xffff = not given */
 };
-_Static_assert(sizeof(struct agent_config) == 16 + 8 + 8 + 32 + 32 + 24 + 2 * AGENT_OFFSETS, "agent_config");
+_Static_assert(sizeof(struct agent_config) == 16 + 8 + 8 + 32 + 32 + 40 + 2 * AGENT_OFFSETS, "agent_config");
 
 enum agent_state {
 	AGENT_LOADING = 0,
@@ -142,9 +152,11 @@ enum agent_state {
 	AGENT_RETIRED = 2,  /* the stub: answers, refuses everything but HELLO and REVIVE */
 	AGENT_POISONED = 3, /* an invariant failed: refuses everything for good, says why */
 	AGENT_FAILED = 4,   /* never came up; nothing in DPVS was changed */
+	AGENT_REPLACED = 5, /* a newer agent answers in its place, through its trampolines */
 };
 
-enum agent_op { AGENT_HELLO = 1, AGENT_BATCH = 2, AGENT_RETIRE = 3, AGENT_REVIVE = 4 };
+/* TRIAL is a BATCH that makes or updates one session at most, and says where it is (agent_result.conn). */
+enum agent_op { AGENT_HELLO = 1, AGENT_BATCH = 2, AGENT_RETIRE = 3, AGENT_REVIVE = 4, AGENT_TRIAL = 5 };
 enum agent_record_op { AGENT_UPSERT = 1, AGENT_DELETE = 2 };
 
 /* What became of one record. Below 16: done or rightly left alone; 16 to 31: may work later; from 32: never will. */
@@ -185,12 +197,20 @@ struct agent_result {
 	uint32_t done; /* == count: all codes are final */
 	uint64_t begin_ns;
 	uint64_t end_ns;
-	uint8_t codes[AGENT_MAX_RECORDS];
+	uint64_t conn; /* TRIAL: address of the session that was made or updated; 0: none was */
+	uint64_t reserved;
 };
-_Static_assert(sizeof(struct agent_result) == 32 + AGENT_MAX_RECORDS, "agent_result");
+_Static_assert(sizeof(struct agent_result) == 48, "agent_result");
+
+/* Apart from the door, which the outside reads often: this it reads in parts. */
+struct agent_results {
+	struct agent_result heads[AGENT_RESULTS];
+	uint8_t codes[AGENT_RESULTS][AGENT_MAX_RECORDS];
+};
 
 /* What the world outside may read of the agent, straight from the process's memory: proof that it is there before a
- * single byte is sent to SOCKOPT_SET_CONN, and the results of what was sent. */
+ * single byte is sent to SOCKOPT_SET_CONN, and where the results of what was sent are. All up to `digest` stays where it is
+ * in every release: that is what a newer agent goes by that takes over. */
 struct agent_door {
 	char magic[16];
 	uint32_t abi;
@@ -216,15 +236,19 @@ struct agent_door {
 	uint64_t set_handler;
 	uint64_t work_handler;
 	uint64_t done_handler;
-	uint64_t reserved[9];
+	uint64_t trampolines; /* address of the three that `entry` goes by: our own, or those of the first agent loaded */
+	uint32_t build;
+	uint32_t worker_share;
+	uint64_t digest;
+	uint64_t results;  /* address of struct agent_results */
+	uint64_t accepted; /* records ever taken: the sum of by_code, once nothing is outstanding */
+	uint64_t reserved[4];
 	uint64_t by_code[CODE_MAX];
 	struct agent_worker_stats workers[AGENT_MAX_WORKERS];
-	struct agent_result results[AGENT_RESULTS];
 };
-_Static_assert(sizeof(struct agent_door) == 256 + 128 + 8 * CODE_MAX + 32 * AGENT_MAX_WORKERS +
-		       AGENT_RESULTS * sizeof(struct agent_result), "agent_door");
+_Static_assert(sizeof(struct agent_door) == 256 + 128 + 8 * CODE_MAX + 32 * AGENT_MAX_WORKERS, "agent_door");
 
-/* One request: header, op[count] padded to 8, record[count]. The whole is at most ~74 KiB. */
+/* One request: header, op[count] padded to 8, record[count]. */
 struct agent_request {
 	uint64_t magic;
 	uint32_t abi;

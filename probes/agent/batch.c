@@ -5,19 +5,25 @@
  * Rules: the master never waits for a worker. One message is outstanding per worker, because a worker drains its whole
  * ring before it turns to packets again (DPVS 1.10.2, src/ctrl.c: msg_slave_process). A worker's part of a request keeps
  * the request's order. All state here belongs to the master, but for a chunk in flight, which is the worker's.
+ *
+ * How long a callback lasts is measured in it, not guessed before: it ends when its time is over, whatever is left. It takes
+ * no more than the worker's share of the time that this worker has had to itself since the last one, and never more than
+ * the limit. So a worker whose rounds are long because there is traffic gets to it as often as before.
  */
 #include "agent.h"
 
-#define CHUNK_MIN 4u
-#define CHUNK_MAX 64u
-#define CHUNK_START 16u
+#define CHUNK_MAX 256u /* records offered at a time: more than the limit lets through */
+#define CHUNK_STEP 4u  /* records between two looks at the clock */
 #define PUMP_PERIOD_US 5000
 
 struct request_slot {
 	bool used;
 	uint32_t count;
 	uint32_t remaining; /* records without a final code; master only */
+	bool trial;
+	uint32_t tried; /* trial: index + 1 of the record that is or was tried, written by workers */
 	struct agent_result *result;
+	uint8_t *codes;
 	uint8_t ops[AGENT_MAX_RECORDS];
 	uint16_t order[AGENT_MAX_RECORDS];	       /* record indices, grouped by worker, in request order */
 	uint16_t begin[AGENT_MAX_WORKERS], end[AGENT_MAX_WORKERS]; /* each worker's part of `order` still to send */
@@ -26,15 +32,17 @@ struct request_slot {
 
 struct worker {
 	unsigned lcore;
-	uint32_t shape;			     /* records in the next chunk */
 	uint8_t fifo[AGENT_MAX_REQUESTS];    /* request slots that have records for this worker */
 	unsigned head, length;
 	bool in_flight;
+	unsigned waited;     /* periods of the pump's timer that this chunk has been out */
+	uint64_t ended_ns;   /* the worker's: when its last callback ended */
 	uint32_t chunk_done; /* set by the worker, cleared by the master */
 	struct request_slot *chunk_request;
-	uint16_t chunk_begin, chunk_end;
+	uint16_t chunk_begin, chunk_end; /* of a chunk that is done: what was offered, and where the worker ended */
 };
 
+struct agent_results agent_results;
 static struct request_slot requests[AGENT_MAX_REQUESTS];
 static struct worker workers[AGENT_MAX_WORKERS];
 static unsigned n_workers, port_mask, next_result, main_lcore;
@@ -47,16 +55,60 @@ void batch_init(unsigned main, uint64_t worker_mask)
 
 	main_lcore = main;
 	for (lcore = 0; lcore < 64; lcore++)
-		if (worker_mask & (1ull << lcore)) {
-			workers[n_workers].lcore = lcore;
-			workers[n_workers++].shape = CHUNK_START;
-		}
+		if (worker_mask & (1ull << lcore))
+			workers[n_workers++].lcore = lcore;
 	while ((1u << shift) < n_workers) /* DPVS 1.10.2, src/sa_pool.c: sa_pool_init */
 		shift++;
 	port_mask = (1u << shift) - 1;
 }
 
-static void count_code(uint8_t code) { __atomic_fetch_add(&door.by_code[code % CODE_MAX], 1, __ATOMIC_RELAXED); }
+static void count_codes(uint8_t code, uint64_t records)
+{
+	__atomic_fetch_add(&door.by_code[code % CODE_MAX], records, __ATOMIC_RELAXED);
+}
+
+/* Of a trial one record at most is put in: the rest may be once it has been looked at. */
+static bool may_try(struct request_slot *request, unsigned n)
+{
+	uint32_t none = 0;
+
+	return request->ops[n] != AGENT_UPSERT ||
+	       __atomic_compare_exchange_n(&request->tried, &none, n + 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) ||
+	       none == n + 1;
+}
+
+static void was_tried(struct request_slot *request, unsigned n, uint8_t code)
+{
+	uint32_t mine = n + 1;
+
+	if (code == CODE_CREATED || code == CODE_UPDATED)
+		request->result->conn = address_of_session(&request->records[n]);
+	else if (request->ops[n] == AGENT_UPSERT) /* refused: another may be the one */
+		__atomic_compare_exchange_n(&request->tried, &mine, 0, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+
+static uint8_t work_on(struct request_slot *request, unsigned n, unsigned lcore)
+{
+	const struct agent_record *r = &request->records[n];
+	uint8_t code;
+
+	if (!is_ready())
+		return CODE_RETIRED;
+	if (request->trial && !may_try(request, n))
+		return CODE_BUSY;
+	code = request->ops[n] == AGENT_UPSERT ? upsert_session(r, lcore) : delete_session(r);
+	if (request->trial)
+		was_tried(request, n, code);
+	return code;
+}
+
+/* How long this callback may last: the worker's share of what it has had since the last one. */
+static uint64_t allowance(const struct worker *w, uint64_t now)
+{
+	uint64_t share = config.worker_share, allowed = (now - w->ended_ns) * share / (100 - share);
+
+	return allowed < config.chunk_limit_ns ? allowed : config.chunk_limit_ns;
+}
 
 int batch_work(void *msg)
 {
@@ -64,40 +116,37 @@ int batch_work(void *msg)
 	struct agent_worker_stats *stats;
 	struct request_slot *request;
 	void *done;
-	uint64_t begin = now_ns(), spent;
-	unsigned i;
+	uint64_t begin = now_ns(), now = begin, until;
+	unsigned i, n, counts[CODE_MAX] = { 0 };
 
-	if (w < workers || w >= workers + n_workers || w->lcore != per_lcore__lcore_id) {
+	if (w < workers || w >= workers + n_workers || w->lcore != per_lcore__lcore_id || w->chunk_done) {
 		poison("a message for another worker arrived on lcore %u", per_lcore__lcore_id);
 		return EDPVS_INVAL;
 	}
 	request = w->chunk_request;
 	stats = &door.workers[w - workers];
+	until = begin + allowance(w, begin);
 	for (i = w->chunk_begin; i < w->chunk_end; i++) {
-		unsigned n = request->order[i];
-		const struct agent_record *r = &request->records[n];
-		uint8_t code;
-
-		if (!is_ready())
-			code = CODE_RETIRED;
-		else if (request->ops[n] == AGENT_UPSERT)
-			code = upsert_session(r, w->lcore);
-		else
-			code = delete_session(r);
-		request->result->codes[n] = code;
-		count_code(code);
+		if (i != w->chunk_begin && (i - w->chunk_begin) % CHUNK_STEP == 0) {
+			now = now_ns();
+			if (now >= until)
+				break;
+		}
+		n = request->order[i];
+		request->codes[n] = work_on(request, n, w->lcore);
+		counts[request->codes[n] % CODE_MAX]++;
 	}
-	spent = now_ns() - begin;
+	w->chunk_end = (uint16_t)i;
+	for (n = 0; n < CODE_MAX; n++)
+		if (counts[n])
+			count_codes((uint8_t)n, counts[n]);
+	now = now_ns();
 	stats->chunks++;
 	stats->records += w->chunk_end - w->chunk_begin;
-	stats->busy_ns += spent;
-	if (spent > stats->max_ns)
-		stats->max_ns = spent;
-	/* half as much next time when it took too long, a little more when there was room */
-	if (spent > config.chunk_limit_ns)
-		w->shape = w->shape / 2 > CHUNK_MIN ? w->shape / 2 : CHUNK_MIN;
-	else if (spent < config.chunk_limit_ns / 2 && w->shape < CHUNK_MAX)
-		w->shape++;
+	stats->busy_ns += now - begin;
+	if (now - begin > stats->max_ns)
+		stats->max_ns = now - begin;
+	w->ended_ns = now;
 	__atomic_store_n(&w->chunk_done, 1, __ATOMIC_RELEASE);
 	/* ring the master's bell; if that fails its timer finds chunk_done a little later */
 	done = dpvs.msg_make(config.msg_type_done, 0, MSG_UNICAST, (uint8_t)w->lcore, sizeof(w), &w);
@@ -108,15 +157,31 @@ int batch_work(void *msg)
 	return EDPVS_OK;
 }
 
+/* With nothing outstanding, each record that was ever taken has been counted under one code. */
+static void check_sums(void)
+{
+	uint64_t sum = 0;
+	unsigned i;
+
+	for (i = 0; i < CODE_MAX; i++)
+		sum += __atomic_load_n(&door.by_code[i], __ATOMIC_RELAXED);
+	if (sum != door.accepted)
+		poison("%llu records were taken and %llu have a code", (unsigned long long)door.accepted,
+		       (unsigned long long)sum);
+}
+
 static void settle(struct request_slot *request, unsigned records)
 {
 	request->remaining -= records;
 	if (request->remaining)
 		return;
+	if (memchr(request->codes, CODE_PENDING, request->count))
+		poison("a request ended with records that have no code");
 	request->result->end_ns = now_ns();
 	__atomic_store_n(&request->result->done, request->count, __ATOMIC_RELEASE);
 	request->used = false;
-	__atomic_fetch_sub(&door.outstanding, 1, __ATOMIC_RELAXED);
+	if (__atomic_sub_fetch(&door.outstanding, 1, __ATOMIC_RELEASE) == 0)
+		check_sums();
 }
 
 static void pump(struct worker *w)
@@ -143,8 +208,9 @@ static void pump(struct worker *w)
 	size = request->end[index] - request->begin[index];
 	w->chunk_request = request;
 	w->chunk_begin = request->begin[index];
-	w->chunk_end = (uint16_t)(w->chunk_begin + (size < w->shape ? size : w->shape));
+	w->chunk_end = (uint16_t)(w->chunk_begin + (size < CHUNK_MAX ? size : CHUNK_MAX));
 	w->chunk_done = 0;
+	w->waited = 0;
 	msg = dpvs.msg_make(config.msg_type_work, 0, MSG_UNICAST, (uint8_t)main_lcore, sizeof(w), &w);
 	if (!msg)
 		return; /* the timer tries again */
@@ -160,10 +226,22 @@ static void pump_all(void)
 		pump(&workers[i]);
 }
 
+/* A worker that does not come back is no worker any more, or is not what we take it for. Counted in periods of the master's
+ * timer: a process that was stopped as a whole has not been late. */
+static void watch(void)
+{
+	unsigned i;
+
+	for (i = 0; i < n_workers; i++)
+		if (workers[i].in_flight && ++workers[i].waited > config.watchdog_ms / (PUMP_PERIOD_US / 1000))
+			poison("lcore %u has not answered for %u ms", workers[i].lcore, config.watchdog_ms);
+}
+
 static int on_pump_timer(void *arg)
 {
 	(void)arg;
 	pump_all();
+	watch();
 	pump_armed = door.outstanding != 0;
 	return pump_armed ? DTIMER_OK : DTIMER_STOP;
 }
@@ -190,6 +268,21 @@ static int owner_of(const struct agent_record *r)
 	return index < n_workers ? (int)index : -1;
 }
 
+/* The oldest result; one that is not there yet is passed over, however long it takes. */
+static unsigned oldest_result(void)
+{
+	unsigned i, at;
+
+	do {
+		at = next_result;
+		next_result = (next_result + 1) % AGENT_RESULTS;
+		for (i = 0; i < AGENT_MAX_REQUESTS; i++)
+			if (requests[i].used && requests[i].result == &agent_results.heads[at])
+				break;
+	} while (i < AGENT_MAX_REQUESTS);
+	return at;
+}
+
 static int accept_batch(const struct agent_request *head, const uint8_t *ops, const struct agent_record *records)
 {
 	int8_t owner[AGENT_MAX_RECORDS];
@@ -199,7 +292,7 @@ static int accept_batch(const struct agent_request *head, const uint8_t *ops, co
 	unsigned i, n, at, refused = 0;
 
 	for (i = 0; i < AGENT_RESULTS; i++)
-		if (door.results[i].request_id == head->request_id)
+		if (agent_results.heads[i].request_id == head->request_id)
 			return EDPVS_EXIST;
 	for (i = 0; i < AGENT_MAX_REQUESTS && !request; i++)
 		if (!requests[i].used)
@@ -208,21 +301,28 @@ static int accept_batch(const struct agent_request *head, const uint8_t *ops, co
 		door.busy++;
 		return EDPVS_BUSY;
 	}
-	result = &door.results[next_result++ % AGENT_RESULTS];
+	at = oldest_result();
+	result = &agent_results.heads[at];
+	request->codes = agent_results.codes[at];
 	__atomic_store_n(&result->done, 0, __ATOMIC_RELAXED);
 	result->count = head->count;
-	memset(result->codes, CODE_PENDING, sizeof(result->codes));
+	memset(request->codes, CODE_PENDING, head->count);
 	result->begin_ns = now_ns();
 	result->end_ns = 0;
+	result->conn = 0;
 	__atomic_store_n(&result->request_id, head->request_id, __ATOMIC_RELEASE);
 
 	request->used = true;
 	request->count = request->remaining = head->count;
 	request->result = result;
+	request->trial = head->op == AGENT_TRIAL;
+	request->tried = 0;
 	memcpy(request->ops, ops, head->count);
 	memcpy(request->records, records, head->count * sizeof(*records));
 	__atomic_fetch_add(&door.outstanding, 1, __ATOMIC_RELAXED);
+	door.accepted += head->count;
 
+	memset(request->end, 0, sizeof(request->end));
 	for (i = 0; i < head->count; i++) {
 		uint8_t code = check_record(&request->records[i]);
 
@@ -230,24 +330,28 @@ static int accept_batch(const struct agent_request *head, const uint8_t *ops, co
 			code = CODE_BAD_RECORD;
 		owner[i] = code ? -1 : (int8_t)owner_of(&request->records[i]);
 		if (owner[i] < 0) {
-			result->codes[i] = code ? code : CODE_WRONG_WORKER;
-			count_code(result->codes[i]);
+			request->codes[i] = code ? code : CODE_WRONG_WORKER;
+			count_codes(request->codes[i], 1);
 			refused++;
+		} else {
+			request->end[owner[i]]++;
 		}
 	}
-	for (n = 0, at = 0; n < n_workers; n++) {
+	for (n = 0, at = 0; n < n_workers; n++) { /* `end` holds how many: make it where each worker's part is to end */
 		request->begin[n] = (uint16_t)at;
-		for (i = 0; i < head->count; i++)
-			if (owner[i] == (int8_t)n)
-				request->order[at++] = (uint16_t)i;
-		request->end[n] = (uint16_t)at;
+		at += request->end[n];
+		request->end[n] = request->begin[n];
+	}
+	for (i = 0; i < head->count; i++)
+		if (owner[i] >= 0)
+			request->order[request->end[owner[i]]++] = (uint16_t)i;
+	for (n = 0; n < n_workers; n++)
 		if (request->begin[n] != request->end[n]) {
 			struct worker *w = &workers[n];
 
 			w->fifo[(w->head + w->length) % AGENT_MAX_REQUESTS] = (uint8_t)(request - requests);
 			w->length++;
 		}
-	}
 	settle(request, refused);
 	pump_all();
 	if (!pump_armed && door.outstanding) {
@@ -268,10 +372,10 @@ int batch_set(uint32_t opt, const void *in, size_t in_bytes)
 		goto malformed;
 	memcpy(&head, in, sizeof(head));
 	if (head.magic != AGENT_REQUEST_MAGIC || head.abi != AGENT_ABI || head.op < AGENT_HELLO ||
-	    head.op > AGENT_REVIVE || head.count > AGENT_MAX_RECORDS || !head.request_id)
+	    head.op > AGENT_TRIAL || head.count > AGENT_MAX_RECORDS || !head.request_id)
 		goto malformed;
 	padded = (head.count + 7u) & ~(size_t)7;
-	if (head.op == AGENT_BATCH
+	if (head.op == AGENT_BATCH || head.op == AGENT_TRIAL
 		    ? !head.count || head.record_bytes != sizeof(struct agent_record) ||
 			      in_bytes != sizeof(head) + padded + head.count * sizeof(struct agent_record)
 		    : head.count || in_bytes != sizeof(head))

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from probes.agent import abi
-from probes.control import SET_CONN_TOKEN, ControlSocket
+from probes.control import SET_CONN_TOKEN, ControlBroken, ControlSocket
 from probes.errors import DpvsProbeError
 from probes.layout import Layout
 from probes.target import Target
@@ -24,6 +24,7 @@ from probes.target import Target
 # DPVS 1.10.2, include/conf/common.h: what the agent answers with.
 EDPVS_BUSY, EDPVS_DISABLED = -13, -18
 NAME_PART = "dpvs-probe-agent-"
+MIN_RECORDS = 256  # a request that small fits into any DPVS
 
 
 class AgentError(DpvsProbeError):
@@ -55,31 +56,34 @@ class Door:
 
     @classmethod
     def find(cls, target: Target) -> "Door | None":
-        """The door of an agent in this process; None when no agent was ever loaded into it.
+        """The door of the agent that answers in this process, or of one that failed; None when none was ever loaded.
 
-        Looked for in the writable memory of every mapping of a file named like our agent, and in the anonymous memory
-        right behind it (its .bss). With several agents in the process the one whose entry fills the slot is the one.
+        A door that a newer agent took over from is passed over: the newest one that fills the slot is the one.
         """
-        regions = sorted(target.maps(), key=lambda r: r.start)
-        doors = []
-        for i, region in enumerate(regions):
-            if NAME_PART not in region.path or "w" not in region.perms:
-                continue
-            follows = regions[i + 1] if i + 1 < len(regions) else None
-            end = region.end
-            if follows and follows.start == end and not follows.path and "w" in follows.perms:
-                end = follows.end
-            content = target.read(region.start, end - region.start)
-            at = content.find(abi.DOOR_MAGIC)
-            while at >= 0:
-                if at % 8 == 0 and at + abi.DOOR_BYTES <= len(content):
-                    doors.append(cls(target, region.start + at))
-                at = content.find(abi.DOOR_MAGIC, at + 1)
-        filled = [d for d in doors if d.is_installed()]
+        doors = [d for d in cls.all(target) if int(d.data["state"]) != abi.State.REPLACED]
+        filled = sorted((d for d in doors if d.is_installed()), key=lambda d: d.build)
         return filled[-1] if filled else doors[-1] if doors else None
 
+    @classmethod
+    def all(cls, target: Target) -> "list[Door]":
+        """The doors of all agents that were ever loaded into this process.
+
+        Looked for in the writable memory of every mapping of a file named like our agent.
+        """
+        doors = []
+        for region in sorted(target.maps(), key=lambda r: r.start):
+            if NAME_PART not in region.path or "w" not in region.perms:
+                continue
+            content = target.read(region.start, region.end - region.start)
+            at = content.find(abi.DOOR_MAGIC)
+            while at >= 0:
+                if at % 8 == 0 and at + abi.DOOR.itemsize <= len(content):
+                    doors.append(cls(target, region.start + at))
+                at = content.find(abi.DOOR_MAGIC, at + 1)
+        return doors
+
     def read(self) -> "Door":
-        """Read the door again (16 KiB less the results)."""
+        """Read the door again (3 KiB)."""
         self.data = np.frombuffer(self.target.read(self.address, abi.DOOR.itemsize), abi.DOOR)[0]
         return self
 
@@ -99,6 +103,16 @@ class Door:
     def error(self) -> str:
         return _printable(self.data["error"])
 
+    @property
+    def build(self) -> int:
+        """Which agent it is: a higher build takes over from a lower one."""
+        return int(self.data["build"]) if int(self.data["abi"]) > 1 else 0
+
+    @property
+    def digest(self) -> int:
+        """Of the layout that this agent goes by (``loading.digest_of``)."""
+        return int(self.data["digest"])
+
     def is_installed(self) -> bool:
         """Does DPVS's reserved slot hold this agent's entry right now?"""
         slot, entry = int(self.data["slot"]), int(self.data["entry"])
@@ -111,6 +125,8 @@ class Door:
         self.read()
         if self.data["magic"] != abi.DOOR_MAGIC or int(self.data["abi"]) != abi.ABI:
             raise AgentAbsent(f"the agent in process {self.target.pid} speaks another version of its interface")
+        if self.state == abi.State.REPLACED:
+            raise AgentAbsent(f"a newer agent took over in process {self.target.pid}")
         if self.state in (abi.State.LOADING, abi.State.FAILED):
             raise AgentAbsent(f"the agent in process {self.target.pid} never came up: {self.error or 'still loading'}")
         if not self.is_installed():
@@ -126,7 +142,7 @@ class AgentClient:
         self.door = door
         self._set_conn = layout.sockopt_id("SOCKOPT_SET_CONN")
         self._next_id = secrets.randbits(62) | 1
-        self._results = door.address + abi.DOOR.itemsize
+        self.max_records = abi.MAX_RECORDS  # less where DPVS has no room for so large a request
 
     def _send(self, op: abi.Op, body: bytes = b"", count: int = 0) -> int:
         self.door.prove()
@@ -136,7 +152,12 @@ class AgentClient:
         head["token"] = self.door.data["token"]
         head["request_id"] = self._next_id
         head["count"], head["record_bytes"] = count, abi.RECORD_BYTES if count else 0
-        errcode = self.control.set(self._set_conn, head.tobytes() + body, allow_set_conn_token=SET_CONN_TOKEN)
+        try:
+            errcode = self.control.set(self._set_conn, head.tobytes() + body, allow_set_conn_token=SET_CONN_TOKEN)
+        except ControlBroken:
+            # DPVS hangs up without a word when its heap has no room for a request (ctrl.c: sockopt_msg_recv)
+            self.max_records = min(self.max_records, max(MIN_RECORDS, count // 2))
+            raise
         if errcode == EDPVS_BUSY:
             raise AgentBusy("the agent has no free request slot")
         if errcode:
@@ -158,34 +179,46 @@ class AgentClient:
             raise AgentAbsent(f"process {self.target.pid} answered SET_CONN, but not our agent")
         return self.door.version
 
-    def submit(self, ops: npt.NDArray[np.uint8], records: npt.NDArray[np.void]) -> int:
-        """Hand n (1..512) records over; returns at once with the request's id.
+    def submit(self, ops: npt.NDArray[np.uint8], records: npt.NDArray[np.void], *, trial: bool = False) -> int:
+        """Hand n (1..4096) records over; returns at once with the request's id.
 
         ``ops``: (n,) uint8 of RecordOp; ``records``: (n,) ``collector.record.RECORD`` (144 bytes each). Records of one
-        worker are worked on in this order. AgentBusy when 16 requests are outstanding, AgentRefused when it will not
-        take any.
+        worker are worked on in this order. Of a ``trial`` one record at most is put in, the others that could be are
+        answered with BUSY. AgentBusy when 8 requests are outstanding, AgentRefused when it will not take any.
         """
         n = len(ops)
         if not 0 < n <= abi.MAX_RECORDS or len(records) != n or records.dtype.itemsize != abi.RECORD_BYTES:
             raise ValueError(f"1 to {abi.MAX_RECORDS} records of {abi.RECORD_BYTES} bytes, one op each")
         padding = b"\0" * (-n % 8)
-        return self._send(abi.Op.BATCH, ops.tobytes() + padding + records.tobytes(), n)
+        return self._send(abi.Op.TRIAL if trial else abi.Op.BATCH, ops.tobytes() + padding + records.tobytes(), n)
 
     def results(self, request_id: int) -> npt.NDArray[np.uint8] | None:
         """The codes (uint8, one a record) of a request; None while it is under way.
 
         AgentAbsent if the agent does not know the request (any more: it keeps the last 64).
         """
-        raw = self.target.read(self._results, abi.RESULTS * abi.RESULT.itemsize)
+        at, head = self._head(request_id)
+        count = int(head["count"])
+        if int(head["done"]) != count:
+            if self.state == abi.State.POISONED:
+                raise AgentRefused(f"the agent in process {self.target.pid} has shut itself: {self.door.error}")
+            return None
+        first = int(self.door.data["results"]) + abi.RESULT_HEADS_BYTES
+        codes = np.frombuffer(self.target.read(first + at * abi.MAX_RECORDS, count), np.uint8)
+        self._head(request_id)  # still the same request's
+        return codes
+
+    def tried(self, request_id: int) -> int:
+        """Address of the session that a trial made or updated; 0 if it did neither."""
+        return int(self._head(request_id)[1]["conn"])
+
+    def _head(self, request_id: int) -> tuple[int, Any]:
+        raw = self.target.read(int(self.door.data["results"]), abi.RESULT_HEADS_BYTES)
         table = np.frombuffer(raw, abi.RESULT)
         at = np.flatnonzero(table["request_id"] == request_id)
-        if not len(at):
+        if not len(at) or int(table[at[0]]["count"]) > abi.MAX_RECORDS:
             raise AgentAbsent(f"the agent in process {self.target.pid} does not know request {request_id:#x}")
-        row = table[at[0]]
-        if int(row["done"]) != int(row["count"]):
-            return None
-        codes: npt.NDArray[np.uint8] = row["codes"][: int(row["count"])].copy()
-        return codes
+        return int(at[0]), table[at[0]]
 
     def retire(self) -> None:
         """Make it a stub that refuses; what is under way ends with RETIRED. The slot stays filled."""
@@ -206,6 +239,7 @@ class AgentClient:
         return {
             "state": self.door.state.name.lower(),
             "version": self.door.version,
+            "build": self.door.build,
             "error": self.door.error,
             "requests": int(d["requests"]),
             "malformed": int(d["malformed"]),

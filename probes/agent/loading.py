@@ -13,8 +13,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pyinjector import PyInjectorError
@@ -28,7 +30,9 @@ from probes.target import Target
 
 LIBRARY = Path(__file__).with_name("agent.so")
 TIME_LIMIT_MS = 5000
-CHUNK_LIMIT_NS = 80_000
+CHUNK_LIMIT_NS = 64_000  # the last few records of a chunk may take a little longer
+WORKER_SHARE = 50  # percent
+WATCHDOG_MS = 10_000
 MSG_TYPE_WORK, MSG_TYPE_DONE = 0x44505052, 0x44505053  # free in every release: DPVS's own are below 1000
 # epoll_wait, epoll_pwait, poll, ppoll, epoll_pwait2 on x86-64: a thread in one of these waits for the world.
 WAITING_SYSCALLS = {232, 281, 7, 271, 441}
@@ -47,27 +51,49 @@ def our_version() -> str:
         return "0+unknown"
 
 
-def configured(library: bytes, layout: Layout, token: int) -> bytes:
-    """A copy of the shared object with its configuration filled in (``struct agent_config``)."""
+def digest_of(layout: Layout) -> int:
+    """64 bits that name all that the agent takes from a layout."""
+    return int(_of_layout(layout)["digest"])
+
+
+def _of_layout(layout: Layout) -> Any:
+    """``struct agent_config`` with what the agent takes from a layout, and the digest of that."""
+    config = np.zeros((), abi.CONFIG)
+    config["sockopt_version"] = layout.sockopt_version
+    config["sockopt_set_conn"] = layout.sockopt_id("SOCKOPT_SET_CONN")
+    config["sockopt_get_conn_min"] = layout.sockopt_id("SOCKOPT_GET_CONN_ALL")
+    config["sockopt_get_conn_max"] = layout.sockopt_id("SOCKOPT_GET_CONN_SPECIFIED")
+    config["offsets"] = 0xFFFF
+    for i, (struct, field) in enumerate(abi.fields()):
+        config["offsets"][i] = layout.size(struct) if field is None else layout.offset(struct, field)
+    config["digest"] = int.from_bytes(blake2b(config.tobytes(), digest_size=8).digest(), "little")
+    return config
+
+
+def configured(
+    library: bytes, layout: Layout, token: int, *, old: Door | None = None, start_retired: bool = False
+) -> bytes:
+    """A copy of the shared object with its configuration filled in (``struct agent_config``).
+
+    ``old``: the door of the agent to take over from. ``start_retired``: to be there before DPVS, as a stub.
+    """
     at = library.find(abi.CONFIG_MAGIC + abi.ABI.to_bytes(4, "little"))
     if at < 0 or library.find(abi.CONFIG_MAGIC + abi.ABI.to_bytes(4, "little"), at + 1) >= 0:
         raise AgentNotLoaded(
             "the agent's shared object is not one of ours", help_text="Reinstall dpvs-probe (scripts/setup)."
         )
-    config = np.frombuffer(library, abi.CONFIG, count=1, offset=at).copy()[0]
+    config = _of_layout(layout)
+    config["magic"], config["abi"] = abi.CONFIG_MAGIC, abi.ABI
     config["filled"] = 1
     config["token"] = token
     config["version"] = our_version().encode()[:31]
     config["time_limit_ms"] = TIME_LIMIT_MS
-    config["sockopt_version"] = layout.sockopt_version
-    config["sockopt_set_conn"] = layout.sockopt_id("SOCKOPT_SET_CONN")
-    config["sockopt_get_conn_min"] = layout.sockopt_id("SOCKOPT_GET_CONN_ALL")
-    config["sockopt_get_conn_max"] = layout.sockopt_id("SOCKOPT_GET_CONN_SPECIFIED")
     config["msg_type_work"], config["msg_type_done"] = MSG_TYPE_WORK, MSG_TYPE_DONE
-    config["chunk_limit_ns"] = CHUNK_LIMIT_NS
-    config["offsets"] = 0xFFFF
-    for i, (struct, field) in enumerate(abi.fields()):
-        config["offsets"][i] = layout.size(struct) if field is None else layout.offset(struct, field)
+    config["chunk_limit_ns"], config["worker_share"] = CHUNK_LIMIT_NS, WORKER_SHARE
+    config["watchdog_ms"] = WATCHDOG_MS
+    config["start_retired"] = start_retired
+    if old is not None:
+        config["old_door"], config["old_token"] = old.address, old.data["token"]
     filled: bytes = config.tobytes()
     return library[:at] + filled + library[at + abi.CONFIG.itemsize :]
 
@@ -123,12 +149,21 @@ def wait_until_quiet(target: Target, tid: int, limit_s: float) -> None:
 def load(target: Target, layout: Layout, control: ControlSocket) -> AgentClient:
     """Bring the agent into the process and wait until it answers.
 
-    A retired agent of the same interface that is there already is woken instead; one that works is used as it is.
-    Raises AgentNotLoaded with the agent's own reason.
+    One that is there already is used, or woken, if it is of this build and goes by this layout; one that is older, or
+    goes by another layout, is taken over from. Raises AgentNotLoaded with the agent's own reason.
     """
-    door = Door.find(target)
-    if door is not None and door.is_installed():
-        return reuse(target, layout, control, door)
+    found = Door.find(target)
+    old = found if found is not None and found.is_installed() else None
+    if old is not None and is_ours(old, layout):
+        return reuse(target, layout, control, old)
+    return greeted(target, layout, control, bring_in(target, layout, old))
+
+
+def bring_in(target: Target, layout: Layout, old: Door | None) -> Door:
+    """Load the agent, to take over from the one behind ``old`` if there is one, and wait until it fills the slot.
+
+    The agent in there judges for itself whether the slot is free, or the older one's. Raises AgentNotLoaded.
+    """
     if not LIBRARY.exists():
         raise AgentNotLoaded("the agent is not built", help_text="Reinstall dpvs-probe (scripts/setup builds it).")
     tracer = tracer_of(target.pid)
@@ -137,7 +172,7 @@ def load(target: Target, layout: Layout, control: ControlSocket) -> AgentClient:
             f"process {target.pid} is being traced by process {tracer}", help_text="Detach the debugger and try again."
         )
     token = secrets.randbits(64) | 1
-    content = configured(LIBRARY.read_bytes(), layout, token)
+    content = configured(LIBRARY.read_bytes(), layout, token, old=old)
     tid = target.control_thread()
     with placed(target, content, token) as path:
         wait_until_quiet(target, tid, 2.0)
@@ -146,34 +181,53 @@ def load(target: Target, layout: Layout, control: ControlSocket) -> AgentClient:
                 injector.inject(path.encode())
         except PyInjectorError as error:
             raise AgentNotLoaded(f"process {target.pid} would not load the agent: {error}") from error
-    deadline = time.monotonic() + TIME_LIMIT_MS / 1000 + 1
+    return arrived(target, token, TIME_LIMIT_MS / 1000 + 1)
+
+
+def arrived(target: Target, token: int, limit_s: float) -> Door:
+    """The door of the agent that was loaded with this token, once it fills the slot. Raises AgentNotLoaded."""
+    deadline = time.monotonic() + limit_s
     while True:
-        door = Door.find(target)
-        if door is not None and door.state not in (abi.State.LOADING,):
-            break
+        door = next((d for d in Door.all(target) if int(d.data["token"]) == token), None)
+        # Its state is set a moment before the slot is filled, which is the last thing it does.
+        if door is not None and door.state in (abi.State.READY, abi.State.RETIRED) and door.is_installed():
+            return door
+        if door is not None and door.state == abi.State.FAILED:
+            raise AgentNotLoaded(
+                f"the agent in process {target.pid} refused to start: {door.error or 'no reason given'}"
+            )
         if time.monotonic() > deadline:
             raise AgentNotLoaded(f"the agent in process {target.pid} does not come up")
         time.sleep(0.002)
-    if door.state != abi.State.READY or int(door.data["token"]) != token:
-        raise AgentNotLoaded(f"the agent in process {target.pid} refused to start: {door.error or 'no reason given'}")
-    # READY is set a moment before the slot is filled, which is the last thing it does.
-    while not door.is_installed() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return greeted(target, layout, control, door)
+
+
+def is_ours(door: Door, layout: Layout) -> bool:
+    """Is the agent behind this door to be used as it is? False: ours takes its place. Raises AgentNotLoaded."""
+    pid = door.target.pid
+    if door.build > abi.BUILD and int(door.data["abi"]) != abi.ABI:
+        raise AgentNotLoaded(
+            f"process {pid} holds a newer agent ({door.version}, build {door.build}) than this one ({abi.BUILD})",
+            help_text="Use the dpvs-probe that loaded it, or a newer one.",
+        )
+    if door.state == abi.State.POISONED:
+        raise AgentNotLoaded(
+            f"the agent in process {pid} has shut itself: {door.error}",
+            help_text="Attach with --no-inject, and report this line: something in this DPVS is not as expected.",
+        )
+    if door.state not in (abi.State.READY, abi.State.RETIRED):
+        raise AgentNotLoaded(f"the agent in process {pid} is {door.state.name.lower()}: try again")
+    if door.build >= abi.BUILD and door.digest == digest_of(layout):
+        return True
+    if door.build > abi.BUILD:
+        raise AgentNotLoaded(
+            f"process {pid} holds a newer agent (build {door.build}) that goes by another layout than {layout.name}",
+            help_text="Use the dpvs-probe that loaded it, or name the layout that it was loaded with (--layout).",
+        )
+    return False
 
 
 def reuse(target: Target, layout: Layout, control: ControlSocket, door: Door) -> AgentClient:
     """Use the agent that is in the process already."""
-    if int(door.data["abi"]) != abi.ABI:
-        raise AgentNotLoaded(
-            f"process {target.pid} holds an agent of another version ({door.version})",
-            help_text="Use the dpvs-probe that loaded it, or restart DPVS when traffic allows.",
-        )
-    if door.state == abi.State.POISONED:
-        raise AgentNotLoaded(
-            f"the agent in process {target.pid} has shut itself: {door.error}",
-            help_text="Attach with --no-inject, and report this line: something in this DPVS is not as expected.",
-        )
     client = AgentClient(target, layout, control, door)
     if door.state == abi.State.RETIRED:
         client.revive()

@@ -320,3 +320,13 @@ uint8_t delete_session(const struct agent_record *r)
 	}
 	return end_silently(conn) ? CODE_DELETED : CODE_BUSY;
 }
+
+uint64_t address_of_session(const struct agent_record *r)
+{
+	int direction;
+	void *conn = find(r, &direction);
+
+	if (conn)
+		dpvs.dp_vs_conn_put_no_reset(conn);
+	return (uint64_t)(uintptr_t)conn;
+}

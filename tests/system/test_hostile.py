@@ -99,7 +99,7 @@ def test_wrong_requests_are_malformed(pair: Pair, hostile: Hostile) -> None:
         hostile.head(request_id=0) + op + record,
         hostile.head(count=0) + op + record,
         hostile.head(count=2) + op + record,
-        hostile.head(count=513) + op * 65 + record * 513,
+        hostile.head(count=4097) + op * 513 + record * 4097,
         hostile.head(count=0xFFFFFFFF) + op + record,
         hostile.head(record_bytes=143) + op + record,
     ]  # fmt: skip

@@ -44,7 +44,7 @@ def test_structs_and_numbers_are_the_compilers(tmp_path: Path) -> None:
     whole = {**STRUCTS, "agent_record": RECORD}
     for struct, dtype in whole.items():
         lines.append(f"C(sizeof(struct {struct}));")
-        expected[f"sizeof(struct {struct})"] = abi.DOOR_BYTES if struct == "agent_door" else dtype.itemsize
+        expected[f"sizeof(struct {struct})"] = dtype.itemsize
     for prefix, enum in (("CODE_", abi.Code), ("AGENT_", abi.Op), ("AGENT_", abi.RecordOp), ("AGENT_", abi.State)):
         for member in enum:
             name = prefix + member.name
@@ -52,7 +52,7 @@ def test_structs_and_numbers_are_the_compilers(tmp_path: Path) -> None:
                 assert enum is abi.State
             lines.append(f"C({name});")
             expected[name] = int(member)
-    for name in ("ABI", "MAX_RECORDS", "MAX_REQUESTS", "RESULTS", "MAX_WORKERS", "OFFSETS"):
+    for name in ("ABI", "BUILD", "MAX_RECORDS", "MAX_REQUESTS", "RESULTS", "MAX_WORKERS", "OFFSETS"):
         lines.append(f"C(AGENT_{name});")
         expected[f"AGENT_{name}"] = getattr(abi, name)
     assert compiled(tmp_path, lines) == expected

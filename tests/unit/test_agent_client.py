@@ -32,7 +32,7 @@ class Process:
         return self.door.tobytes()[address - BASE : address - BASE + size]
 
 
-@pytest.mark.parametrize("state", [5, 77, 0xFFFFFFFF])
+@pytest.mark.parametrize("state", [6, 77, 0xFFFFFFFF])
 def test_a_state_that_no_agent_has(state: int) -> None:
     door = Door(cast(Target, Process(state=state)), BASE)
     for ask in (lambda: door.state, door.prove):

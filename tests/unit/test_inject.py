@@ -26,7 +26,7 @@ from collector.record import (
     Records,
     Slots,
 )
-from probes.agent.abi import MAX_RECORDS, Code, RecordOp
+from probes.agent.abi import MAX_RECORDS, MAX_REQUESTS, Code, RecordOp
 from probes.agent.client import AgentBusy, AgentRefused
 from probes.errors import DpvsProbeError
 from replicator.inject import MIN_COPY_TIMEOUT_MS, Injector
@@ -94,6 +94,7 @@ class FakeAgent:
         self.answers: dict[int, tuple[int, npt.NDArray[np.uint8]]] = {}
         self.delay = 1
         self.largest = 0
+        self.max_records = MAX_RECORDS
         self.crowded = True  # look whether a local port is taken
 
     def submit(self, ops: npt.NDArray[np.uint8], records: Records) -> int:
@@ -333,8 +334,10 @@ def test_a_replica_that_just_goes_leaves_its_copies_alone() -> None:
     assert agent.sessions.keys() == {1000}
 
 
-def test_many_sessions_go_in_requests_of_at_most_512() -> None:
+@pytest.mark.parametrize("largest", [MAX_RECORDS, 256])
+def test_many_sessions_go_in_requests_of_what_the_agent_takes(largest: int) -> None:
     agent, replica = FakeAgent(), FakeReplica(20_000)
+    agent.max_records = largest
     agent.crowded = False
     injector = Injector(agent, lambda: [replica], executor=Now())
     replica.records["af"] = replica.records["af_out"] = 2
@@ -344,9 +347,9 @@ def test_many_sessions_go_in_requests_of_at_most_512() -> None:
     replica.pending.slots = list(range(20_000))
     for now in range(1, 400):
         injector.tick(now)
-        assert len(injector._batches) <= 16
+        assert len(injector._batches) <= MAX_REQUESTS
     assert injector.installed() == 20_000
-    assert agent.largest <= MAX_RECORDS
+    assert agent.largest == largest
 
 
 actions = st.lists(

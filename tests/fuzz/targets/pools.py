@@ -65,10 +65,11 @@ def seeds() -> Iterable[bytes]:
     door = np.zeros((), abi.DOOR)
     door["magic"], door["abi"], door["state"], door["version"] = abi.DOOR_MAGIC, abi.ABI, abi.State.READY, b"1"
     door["slot"], door["entry"], door["worker_mask"] = BASE + 8, BASE, 6
-    result = np.zeros((), abi.RESULT)
-    result["request_id"], result["count"], result["done"] = 7, 3, 3
+    door["results"] = BASE + DOOR + abi.DOOR.itemsize
+    results = np.zeros(abi.RESULTS, abi.RESULT)
+    results[0]["request_id"], results[0]["count"], results[0]["done"] = 7, 3, 3
     out[8:16] = BASE.to_bytes(8, "little")
-    yield bytes(out) + door.tobytes() + result.tobytes()
+    yield bytes(out) + door.tobytes() + results.tobytes() + bytes(8)
 
 
 def bound(data: bytes) -> int:

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The agent's life inside a process: loaded twice, followed by a newer one, retired in the middle of its work."""
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from probes.agent import abi, loading
+from probes.agent.client import AgentAbsent, AgentBusy, AgentClient, AgentRefused, Door
+from probes.target import Target
+from tests.lab.pair import Pair
+from tests.lab.process import wait_for
+from tests.lab.records import answers, final_codes, fnat_records
+
+pytestmark = [pytest.mark.dpvs, pytest.mark.needs("agent")]
+SOURCES = Path(loading.__file__).parent
+ENDED = {abi.Code.DELETED, abi.Code.ABSENT}
+UPSERT, DELETE = int(abi.RecordOp.UPSERT), int(abi.RecordOp.DELETE)
+
+
+@pytest.fixture
+def target(pair: Pair) -> Iterator[Target]:
+    with Target.open(pair.b.pid) as opened:
+        yield opened
+        assert pair.b.alive
+        pair.active("b")
+        assert pair.request() == b"hello from the real server\n"
+
+
+def load(pair: Pair, target: Target) -> AgentClient:
+    return loading.load(target, pair.b.layout, pair.b.control)
+
+
+def empty(pair: Pair) -> bool:
+    return len(pair.b.sessions()) == 0 and pair.b.counters().idle
+
+
+def accepted(client: AgentClient) -> int:
+    return int(client.door.read().data["accepted"])
+
+
+def outstanding(client: AgentClient, records: "np.ndarray[tuple[int], np.dtype[np.void]]") -> list[int]:
+    """Hand everything over at once, as far as the agent takes it; the requests."""
+    ops = np.full(abi.MAX_RECORDS, UPSERT, np.uint8)
+    requests = []
+    for begin in range(0, len(records), abi.MAX_RECORDS):
+        part = records[begin : begin + abi.MAX_RECORDS]
+        requests.append(client.submit(ops[: len(part)], part))
+    return requests
+
+
+def test_one_follows_the_other(pair: Pair, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = pair.b.layout
+    records = fnat_records(pair.plan, 8 * abi.MAX_RECORDS)
+    first = load(pair, target)
+    assert first.door.build == abi.BUILD
+    assert load(pair, target).door.address == first.door.address, "one that works is used"
+
+    # Loaded once more by force: it finds the slot filled, and leaves everything as it is.
+    with pytest.raises(loading.AgentNotLoaded, match="already filled"):
+        loading.bring_in(target, layout, None)
+    assert (answers(first, UPSERT, records[:300]) == abi.Code.CREATED).all()
+
+    def becomes(build: int) -> None:
+        library = tmp_path / f"agent-{build}.so"
+        flags = ["-std=gnu11", "-O2", "-fPIC", "-shared", "-pthread", f"-DAGENT_BUILD={build}"]
+        subprocess.run(["cc", *flags, "-o", library, *sorted(SOURCES.glob("*.c"))], check=True)
+        monkeypatch.setattr(loading, "LIBRARY", library)
+        monkeypatch.setattr(abi, "BUILD", build)
+
+    # A newer one takes over while the older has all it can have to do. What that has not begun it gives back.
+    becomes(abi.BUILD + 1)
+    requests = outstanding(first, records)
+    second = load(pair, target)
+    assert second.door.address != first.door.address
+    for request in requests:
+        codes = final_codes(first, request)
+        assert set(codes.tolist()) <= {abi.Code.CREATED, abi.Code.UPDATED, abi.Code.RETIRED}
+    with pytest.raises(AgentAbsent, match="newer agent took over"):
+        first.hello()
+    found = Door.find(target)
+    assert found is not None
+    assert found.address == second.door.address
+    assert set(answers(second, UPSERT, records).tolist()) == {abi.Code.CREATED, abi.Code.UPDATED}
+
+    # And one after that goes by the trampolines of the first.
+    becomes(abi.BUILD + 1)
+    third = load(pair, target)
+    assert third.door.data["trampolines"] == first.door.data["trampolines"] != 0
+    assert (answers(third, UPSERT, records[:1000]) == abi.Code.UPDATED).all()
+
+    # An older one is not loaded over a newer: it uses that if they speak the same, and is refused if it insists.
+    becomes(abi.BUILD - 1)
+    assert load(pair, target).door.address == third.door.address
+    with pytest.raises(loading.AgentNotLoaded, match=rf"build {abi.BUILD} does not take over from build"):
+        loading.bring_in(target, layout, third.door)
+    assert third.state == abi.State.READY
+    assert set(answers(third, DELETE, records).tolist()) <= ENDED
+    wait_for("nothing is left", lambda: empty(pair), 10)
+
+
+def test_retired_in_the_middle(pair: Pair, target: Target) -> None:
+    """What it has begun it ends, what it has not comes back; woken it goes on."""
+    records = fnat_records(pair.plan, 8 * abi.MAX_RECORDS)
+    client = load(pair, target)
+    requests = outstanding(client, records)
+    with pytest.raises(AgentBusy):
+        client.submit(np.full(1, UPSERT, np.uint8), records[:1])
+    client.retire()
+    codes = np.concatenate([final_codes(client, request) for request in requests])
+    assert set(codes.tolist()) <= {abi.Code.CREATED, abi.Code.RETIRED}
+    assert (codes == abi.Code.RETIRED).any(), "all was over before it was retired"
+    assert len(pair.b.sessions()) == np.count_nonzero(codes == abi.Code.CREATED)
+    with pytest.raises(AgentRefused):
+        client.submit(np.full(1, UPSERT, np.uint8), records[:1])
+    assert load(pair, target).door.address == client.door.address
+    assert set(answers(client, DELETE, records).tolist()) <= ENDED
+    wait_for("nothing is left", lambda: empty(pair), 10)
+
+
+@pytest.mark.pair(workers=2)
+def test_several_at_once(pair: Pair, target: Target) -> None:
+    """Two injectors, and between them one that hangs up in the middle of a request and one that does not wait."""
+    records = fnat_records(pair.plan, 10_000)
+    halves = records[::2], records[1::2]
+    clients = load(pair, target), load(pair, target)
+    layout, set_conn = pair.b.layout, pair.b.layout.sockopt_id("SOCKOPT_SET_CONN")
+
+    def rude(body: bytes, announced: int) -> None:
+        header = pair.b.control._build(
+            "dpvs_sock_msg", version=layout.sockopt_version, id=set_conn, type=1, len=announced
+        )
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(pair.b.ipc))
+            connection.sendall(header + body)
+
+    head = np.zeros((), abi.REQUEST)
+    head["magic"], head["abi"], head["op"] = abi.REQUEST_MAGIC, abi.ABI, abi.Op.BATCH
+    head["token"], head["request_id"] = clients[0].door.data["token"], 99
+    head["count"], head["record_bytes"] = 100, abi.RECORD_BYTES
+    whole = head.tobytes() + bytes([UPSERT]) * 104 + records[:100].tobytes()
+    for op, expected in ((UPSERT, {abi.Code.CREATED, abi.Code.UPDATED}), (DELETE, {abi.Code.DELETED})):
+        pending: list[tuple[AgentClient, int]] = []
+        for begin in range(0, 5000, 1250):
+            for client, part in zip(clients, halves, strict=True):
+                some = part[begin : begin + 1250]
+                pending.append((client, client.submit(np.full(len(some), op, np.uint8), some)))
+            if op == UPSERT:
+                rude(whole[: len(whole) // 2], len(whole))
+        for client, request in pending:
+            assert set(final_codes(client, request).tolist()) <= expected
+        if op == UPSERT:
+            assert len(pair.b.sessions()) == 10_000
+            rude(whole, len(whole))  # all of it, and gone before the answer
+            wait_for("what was sent counts", lambda: accepted(clients[1]) == 10_100, 10)
+            assert set(final_codes(clients[1], 99).tolist()) == {abi.Code.UPDATED}
+    assert clients[0].state == abi.State.READY
+    wait_for("nothing is left", lambda: empty(pair), 10)
