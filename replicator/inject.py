@@ -22,16 +22,19 @@ import numpy.typing as npt
 
 from collector.record import (
     AF_INET,
+    AF_INET6,
     CLOSE_WAIT,
     DR,
     ESTABLISHED,
     FIN_WAIT,
     FNAT,
     LAST_ACK,
+    NAT,
     ONE_PACKET,
     RECORD,
     TCP,
     TEMPLATE,
+    TUNNEL,
     UDP,
     UDP_NORMAL,
     UDP_ONEWAY,
@@ -53,10 +56,13 @@ _FIRST, _LAST = 1, 11
 _TUPLE = np.full(_LAST - _FIRST, ~np.uint64(0), np.uint64)
 _TUPLE[0] = 0xFFFFFF  # af, af_out, proto
 
-_TCP_STATES, _UDP_STATES, _MODES = (np.zeros(16, np.bool_) for _ in range(3))
+_TCP_STATES, _UDP_STATES = (np.zeros(16, np.bool_) for _ in range(2))
 _TCP_STATES[[ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK]] = True
 _UDP_STATES[[UDP_ONEWAY, UDP_NORMAL]] = True
-_MODES[[FNAT, DR]] = True
+# [forwarding mode][families: IPv4, IPv6, IPv6 outside and IPv4 inside, none of these], as the agent has it
+_KINDS = np.zeros((16, 4), np.bool_)
+_KINDS[[FNAT, TUNNEL], :3] = True
+_KINDS[[DR, NAT], :2] = True
 
 
 class Agent(Protocol):
@@ -94,14 +100,19 @@ class Origin(Protocol):
 
 def injectable(records: Records) -> Bools:
     """Which sessions may stand by here: TCP with an open or closing connection behind it, UDP that has seen a packet;
-    over IPv4, FullNAT or direct routing.
+    in the modes and families that DPVS can carry. Not SNAT: its service is found by a packet alone.
     """
     state = np.minimum(records["state"], 15)
     tcp = (records["proto"] == TCP) & _TCP_STATES[state]
     udp = (records["proto"] == UDP) & _UDP_STATES[state]
     plain = (records["flags"] & (TEMPLATE | ONE_PACKET)) == 0
-    four = (records["af"] == AF_INET) & (records["af_out"] == AF_INET)
-    fit: Bools = (tcp | udp) & plain & four & _MODES[np.minimum(records["fwdmode"], 15)]
+    outside, inside = records["af"], records["af_out"]
+    six = outside == AF_INET6
+    families = np.full(len(records), 3)
+    families[(outside == AF_INET) & (inside == AF_INET)] = 0
+    families[six & (inside == AF_INET6)] = 1
+    families[six & (inside == AF_INET)] = 2
+    fit: Bools = (tcp | udp) & plain & _KINDS[np.minimum(records["fwdmode"], 15), families]
     return fit
 
 
@@ -296,15 +307,17 @@ class Injector:
         self.by_code += np.bincount(codes, minlength=64)[:64]
         c.code[slots] = codes
         upsert = batch.ops == abi.RecordOp.UPSERT
-        gone = ~upsert & np.isin(codes, (abi.Code.DELETED, abi.Code.ABSENT, abi.Code.LIVE, abi.Code.FOREIGN))
+        delete = batch.ops == abi.RecordOp.DELETE
+        gone = delete & np.isin(codes, (abi.Code.DELETED, abi.Code.ABSENT, abi.Code.LIVE, abi.Code.FOREIGN))
+        gone |= ~upsert & np.isin(codes, (abi.Code.ABSENT, abi.Code.FOREIGN))
         c.has[slots[gone]] = False
         here = upsert & np.isin(codes, (abi.Code.CREATED, abi.Code.UPDATED, abi.Code.LIVE))
         c.installed[slots[here]] = words(batch.records[here])[:, _FIRST:_LAST]
         c.has[slots[here]] = True
         c.has[slots[upsert & ~here]] = False
         later = (codes >= abi.RETRYABLE) & (codes < abi.PERMANENT)
-        c.retry[slots] = later
-        c.waits[slots[~upsert & later]] = True  # a delete that did not work: look again
+        c.retry[slots[upsert | delete]] = later[upsert | delete]
+        c.waits[slots[delete & later]] = True  # a delete that did not work: look again
         self._release(batch)
 
     def _send(self, c: _Copies, slots: Slots) -> None:
@@ -320,15 +333,20 @@ class Injector:
         delete = c.has[slots] & ~(want & same)
         c.retry[slots[~want]] = False
         pairs = np.zeros((len(slots), 2), RECORD)
-        old = np.zeros(len(slots), RECORD)
-        old.view(np.uint64).reshape(len(slots), -1)[:, _FIRST:_LAST] = c.installed[slots]
-        old["timeout_ms"] = MIN_COPY_TIMEOUT_MS
-        pairs[:, 0] = old
+        pairs[:, 0] = self._standing(c, slots)
         records["timeout_ms"] = np.maximum(records["timeout_ms"], MIN_COPY_TIMEOUT_MS)
         pairs[:, 1] = records
         chosen = np.column_stack((delete, want)).ravel()
         ops = np.tile(np.array([abi.RecordOp.DELETE, abi.RecordOp.UPSERT], np.uint8), len(slots))[chosen]
         self._submit(c, np.repeat(slots, 2)[chosen], ops, pairs.ravel()[chosen])
+
+    @staticmethod
+    def _standing(c: _Copies, slots: Slots) -> Records:
+        """What finds the copies of these slots again: their tuples, as they were put in."""
+        standing = np.zeros(len(slots), RECORD)
+        standing.view(np.uint64).reshape(len(slots), -1)[:, _FIRST:_LAST] = c.installed[slots]
+        standing["timeout_ms"] = MIN_COPY_TIMEOUT_MS
+        return standing
 
     def _submit(self, c: _Copies, slots: Slots, ops: npt.NDArray[np.uint8], records: Records) -> None:
         np.add.at(c.busy, slots, 1)
@@ -340,21 +358,29 @@ class Injector:
             self._batches.append(batch)
 
     def _refresh(self, c: _Copies, now_ns: int) -> None:
-        """Once in ``refresh_ns``, every copy whose owner's link is up is put in again, which restarts its timer."""
+        """Once in ``refresh_ns``, every copy whose owner's link is up is put in again, which restarts its timer.
+
+        Without the owner, what may stand on several workers is looked at: a copy that carries traffic ends the others.
+        """
         elapsed = now_ns - c.refreshed_ns
         c.refreshed_ns = now_ns
-        if not c.replica.link_up:
-            return
         share = min(c.replica.slots, c.replica.slots * elapsed // self._refresh_ns + 1)
         room = self._room() // 2
         while share > 0 and room > 0:
             end = min(c.cursor + min(share, 1 << 16), c.replica.slots)
             look = np.arange(c.cursor, end)
-            due = look[(c.has[look] | c.retry[look]) & (c.busy[look] == 0)]
+            if c.replica.link_up:
+                due = look[(c.has[look] | c.retry[look]) & (c.busy[look] == 0)]
+            else:
+                mode = c.installed[look, 0] >> np.uint64(24) & np.uint64(0xFF)
+                due = look[c.has[look] & (c.busy[look] == 0) & (mode != FNAT)]
             if len(due) > room:
                 due = due[:room]
                 end = int(due[-1]) + 1
             share -= end - c.cursor
             room -= len(due)
             c.cursor = end % c.replica.slots
-            self._send(c, due)
+            if c.replica.link_up:
+                self._send(c, due)
+            elif len(due):
+                self._submit(c, due, np.full(len(due), abi.RecordOp.CHECK, np.uint8), self._standing(c, due))

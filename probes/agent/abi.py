@@ -53,6 +53,7 @@ class RecordOp(IntEnum):
 
     UPSERT = 1
     DELETE = 2
+    CHECK = 3
 
 
 class Code(IntEnum):
@@ -65,6 +66,7 @@ class Code(IntEnum):
     ABSENT = 4
     LIVE = 5
     FOREIGN = 6
+    WAITING = 7
     NO_SERVICE = 16
     NO_DEST = 17
     NO_LADDR = 18

@@ -30,7 +30,7 @@ extern struct agent_results agent_results;
 enum { EDPVS_OK = 0, EDPVS_INVAL = -1, EDPVS_EXIST = -3, EDPVS_BUSY = -13, EDPVS_DISABLED = -18 };
 enum { TCP_ESTABLISHED = 1, TCP_CLOSE = 6, TCP_SYNACK = 10, UDP_NONE = 0, UDP_NORMAL = 2 };
 enum { F_SYNPROXY = 0x10, F_INACTIVE = 0x200, F_TEMPLATE = 0x400, F_ONE_PACKET = 0x800, F_INJECTED = 0x8000 };
-enum { FWD_DR = 3, FWD_FNAT = 5 };
+enum { FWD_NAT = 0, FWD_TUNNEL = 2, FWD_DR = 3, FWD_FNAT = 5 };
 enum { SA_F_USED = 1, MSG_F_ASYNC = 1, MSG_UNICAST = 1, MSG_PRIO_HIGH = 1, STATE_NORMAL = 3 };
 enum { DTIMER_OK = 0, DTIMER_STOP = 1 };
 
@@ -101,10 +101,24 @@ static inline bool is_ready(void) { return __atomic_load_n(&door.state, __ATOMIC
 
 /* ---- one session (session.c): only on the worker that owns it ---- */
 
+/* Live, but all that came was from the real server; never the answer to a record. */
+enum { CODE_LIVE_ANSWERS = 15 };
+
 uint8_t check_record(const struct agent_record *r);
+/* Is there a copy on every worker, because nothing in the session says which of them gets its packets? */
+static inline bool without_owner(const struct agent_record *r) { return r->fwdmode != FWD_FNAT; }
 uint8_t upsert_session(const struct agent_record *r, unsigned lcore);
 uint8_t delete_session(const struct agent_record *r);
 uint64_t address_of_session(const struct agent_record *r); /* 0: there is none */
+uint8_t look_at_session(const struct agent_record *r);
+/* Ends a copy that waits; with `answers`, also one that is live by what the real server sent. */
+uint8_t withdraw_session(const struct agent_record *r, bool answers);
+/* What the codes of several workers come to; `seen` has bit n for code n. */
+uint8_t merge_codes(uint64_t seen);
+
+/* ---- the hash of port pools (hash.c) ---- */
+
+uint32_t hash_words(const uint32_t *words, unsigned count, uint32_t start);
 
 /* ---- requests (batch.c) ---- */
 

@@ -56,6 +56,8 @@
 	FIELD(dp_vs_conn, state) \
 	FIELD(dp_vs_conn, old_state) \
 	FIELD(dp_vs_conn, n_control) \
+	FIELD(dp_vs_conn, out_dmac) \
+	FIELD(dp_vs_conn, in_nexthop) \
 	FIELD(dpvs_timer, handler) \
 	FIELD(dp_vs_dest, af) \
 	FIELD(dp_vs_dest, addr) \
@@ -157,7 +159,8 @@ enum agent_state {
 
 /* TRIAL is a BATCH that makes or updates one session at most, and says where it is (agent_result.conn). */
 enum agent_op { AGENT_HELLO = 1, AGENT_BATCH = 2, AGENT_RETIRE = 3, AGENT_REVIVE = 4, AGENT_TRIAL = 5 };
-enum agent_record_op { AGENT_UPSERT = 1, AGENT_DELETE = 2 };
+/* CHECK looks at the copies of a session and puts nothing in: where one of several carries traffic, the others go. */
+enum agent_record_op { AGENT_UPSERT = 1, AGENT_DELETE = 2, AGENT_CHECK = 3 };
 
 /* What became of one record. Below 16: done or rightly left alone; 16 to 31: may work later; from 32: never will. */
 enum agent_code {
@@ -168,6 +171,7 @@ enum agent_code {
 	CODE_ABSENT = 4,
 	CODE_LIVE = 5,
 	CODE_FOREIGN = 6,
+	CODE_WAITING = 7,
 	CODE_NO_SERVICE = 16,
 	CODE_NO_DEST = 17,
 	CODE_NO_LADDR = 18,

@@ -9,24 +9,33 @@
  * How long a callback lasts is measured in it, not guessed before: it ends when its time is over, whatever is left. It takes
  * no more than the worker's share of the time that this worker has had to itself since the last one, and never more than
  * the limit. So a worker whose rounds are long because there is traffic gets to it as often as before.
+ *
+ * A record whose worker nobody can know goes to every worker, and their codes are merged. It is all or nothing: where one
+ * worker cannot have the copy, the others give theirs back; where one copy carries traffic, the rest go. That takes a
+ * second round of the request.
  */
 #include "agent.h"
 
 #define CHUNK_MAX 256u /* records offered at a time: more than the limit lets through */
 #define CHUNK_STEP 4u  /* records between two looks at the clock */
 #define PUMP_PERIOD_US 5000
+#define EVERY_WORKER INT8_MAX
 
 struct request_slot {
 	bool used;
 	uint32_t count;
-	uint32_t remaining; /* records without a final code; master only */
+	uint32_t remaining; /* pieces of work to do: a record on a worker; master only */
+	bool withdrawing;   /* the second round */
 	bool trial;
 	uint32_t tried; /* trial: index + 1 of the record that is or was tried, written by workers */
 	struct agent_result *result;
 	uint8_t *codes;
 	uint8_t ops[AGENT_MAX_RECORDS];
 	uint16_t order[AGENT_MAX_RECORDS];	       /* record indices, grouped by worker, in request order */
-	uint16_t begin[AGENT_MAX_WORKERS], end[AGENT_MAX_WORKERS]; /* each worker's part of `order` still to send */
+	/* Each worker's part still to send: positions in `order`, and from own_end on in `every`. */
+	uint16_t begin[AGENT_MAX_WORKERS], own_end[AGENT_MAX_WORKERS], end[AGENT_MAX_WORKERS];
+	uint16_t every[AGENT_MAX_RECORDS], n_every; /* record indices, for all workers */
+	uint64_t seen[AGENT_MAX_RECORDS];	    /* for those: bit n where a worker had code n */
 	struct agent_record records[AGENT_MAX_RECORDS];
 };
 
@@ -47,6 +56,7 @@ static struct request_slot requests[AGENT_MAX_REQUESTS];
 static struct worker workers[AGENT_MAX_WORKERS];
 static unsigned n_workers, port_mask, next_result, main_lcore;
 static bool pump_armed;
+static bool second_round; /* one has begun: workers have work again that were passed over a moment ago */
 static struct timer_room pump_timer;
 
 void batch_init(unsigned main, uint64_t worker_mask)
@@ -67,6 +77,17 @@ static void count_codes(uint8_t code, uint64_t records)
 	__atomic_fetch_add(&door.by_code[code % CODE_MAX], records, __ATOMIC_RELAXED);
 }
 
+/* Which worker owns a session: by its local port, DPVS 1.10.2, src/sa_pool.c: sa_pool_init. Where there is none, the one
+ * that the network card gives the client's packets to, which nobody but the card knows: each may be it. */
+static int owner_of(const struct agent_record *r)
+{
+	unsigned index = ntohs(r->lport) & port_mask;
+
+	if (without_owner(r))
+		return n_workers == 1 ? 0 : EVERY_WORKER;
+	return index < n_workers ? (int)index : -1;
+}
+
 /* Of a trial one record at most is put in: the rest may be once it has been looked at. */
 static bool may_try(struct request_slot *request, unsigned n)
 {
@@ -83,7 +104,7 @@ static void was_tried(struct request_slot *request, unsigned n, uint8_t code)
 
 	if (code == CODE_CREATED || code == CODE_UPDATED)
 		request->result->conn = address_of_session(&request->records[n]);
-	else if (request->ops[n] == AGENT_UPSERT) /* refused: another may be the one */
+	else if (request->ops[n] == AGENT_UPSERT && owner_of(&request->records[n]) != EVERY_WORKER) /* another may be it */
 		__atomic_compare_exchange_n(&request->tried, &mine, 0, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
 }
 
@@ -94,9 +115,20 @@ static uint8_t work_on(struct request_slot *request, unsigned n, unsigned lcore)
 
 	if (!is_ready())
 		return CODE_RETIRED;
-	if (request->trial && !may_try(request, n))
+	if (request->trial && !request->withdrawing && !may_try(request, n))
 		return CODE_BUSY;
-	code = request->ops[n] == AGENT_UPSERT ? upsert_session(r, lcore) : delete_session(r);
+	if (request->withdrawing) /* of two live copies the one that has the client's packets stays */
+		return withdraw_session(r, request->seen[n] & 1ull << CODE_LIVE);
+	switch (request->ops[n]) {
+	case AGENT_UPSERT:
+		code = upsert_session(r, lcore);
+		break;
+	case AGENT_DELETE:
+		code = delete_session(r);
+		break;
+	default:
+		code = look_at_session(r);
+	}
 	if (request->trial)
 		was_tried(request, n, code);
 	return code;
@@ -117,7 +149,8 @@ int batch_work(void *msg)
 	struct request_slot *request;
 	void *done;
 	uint64_t begin = now_ns(), now = begin, until;
-	unsigned i, n, counts[CODE_MAX] = { 0 };
+	unsigned i, n, own_end, counts[CODE_MAX] = { 0 };
+	uint8_t code;
 
 	if (w < workers || w >= workers + n_workers || w->lcore != per_lcore__lcore_id || w->chunk_done) {
 		poison("a message for another worker arrived on lcore %u", per_lcore__lcore_id);
@@ -125,6 +158,7 @@ int batch_work(void *msg)
 	}
 	request = w->chunk_request;
 	stats = &door.workers[w - workers];
+	own_end = request->own_end[w - workers];
 	until = begin + allowance(w, begin);
 	for (i = w->chunk_begin; i < w->chunk_end; i++) {
 		if (i != w->chunk_begin && (i - w->chunk_begin) % CHUNK_STEP == 0) {
@@ -132,9 +166,14 @@ int batch_work(void *msg)
 			if (now >= until)
 				break;
 		}
-		n = request->order[i];
-		request->codes[n] = work_on(request, n, w->lcore);
-		counts[request->codes[n] % CODE_MAX]++;
+		n = i < own_end ? request->order[i] : request->every[i - own_end];
+		code = work_on(request, n, w->lcore);
+		if (i < own_end) {
+			request->codes[n] = code == CODE_LIVE_ANSWERS ? CODE_LIVE : code;
+			counts[request->codes[n] % CODE_MAX]++;
+		} else {
+			__atomic_fetch_or(&request->seen[n], 1ull << code, __ATOMIC_RELAXED);
+		}
 	}
 	w->chunk_end = (uint16_t)i;
 	for (n = 0; n < CODE_MAX; n++)
@@ -170,10 +209,54 @@ static void check_sums(void)
 		       (unsigned long long)sum);
 }
 
-static void settle(struct request_slot *request, unsigned records)
+static void queue(struct request_slot *request, unsigned worker)
 {
-	request->remaining -= records;
-	if (request->remaining)
+	struct worker *w = &workers[worker];
+
+	if (request->begin[worker] == request->end[worker])
+		return;
+	w->fifo[(w->head + w->length) % AGENT_MAX_REQUESTS] = (uint8_t)(request - requests);
+	w->length++;
+}
+
+/* Every worker has said its code. Sort out what has to be taken back; true if there is something. */
+static bool withdraw(struct request_slot *request)
+{
+	const uint64_t live = 1ull << CODE_LIVE, answers = 1ull << CODE_LIVE_ANSWERS;
+	const uint64_t waiting = 1ull << CODE_CREATED | 1ull << CODE_UPDATED | 1ull << CODE_WAITING;
+	unsigned i, n, left = 0;
+
+	for (i = 0; i < request->n_every; i++) {
+		unsigned record = request->every[i];
+		uint64_t seen = request->seen[record];
+		uint8_t code = merge_codes(seen);
+
+		request->codes[record] = code;
+		count_codes(code, 1);
+		if ((code != CODE_CREATED && code != CODE_UPDATED && code != CODE_WAITING && (seen & waiting)) ||
+		    ((seen & live) && (seen & answers))) {
+			request->every[left++] = (uint16_t)record;
+			if (request->tried == record + 1) /* whatever was shown of it may be gone */
+				request->result->conn = 0;
+		}
+	}
+	request->n_every = (uint16_t)left;
+	if (!left)
+		return false;
+	request->withdrawing = second_round = true;
+	request->remaining = left * n_workers;
+	for (n = 0; n < n_workers; n++) {
+		request->begin[n] = request->own_end[n] = 0;
+		request->end[n] = (uint16_t)left;
+		queue(request, n);
+	}
+	return true;
+}
+
+static void settle(struct request_slot *request, unsigned pieces)
+{
+	request->remaining -= pieces;
+	if (request->remaining || (!request->withdrawing && request->n_every && withdraw(request)))
 		return;
 	if (memchr(request->codes, CODE_PENDING, request->count))
 		poison("a request ended with records that have no code");
@@ -222,8 +305,11 @@ static void pump_all(void)
 {
 	unsigned i;
 
-	for (i = 0; i < n_workers; i++)
-		pump(&workers[i]);
+	do {
+		second_round = false;
+		for (i = 0; i < n_workers; i++)
+			pump(&workers[i]);
+	} while (second_round);
 }
 
 /* A worker that does not come back is no worker any more, or is not what we take it for. Counted in periods of the master's
@@ -251,22 +337,11 @@ int batch_done(void *msg)
 	struct worker *w = getp(AT(msg, dpvs_msg, data));
 
 	if (w >= workers && w < workers + n_workers)
-		pump(w);
+		pump_all(); /* its end may be the beginning of the others' second round */
 	return EDPVS_OK;
 }
 
 /* ---- requests, on the master ---- */
-
-/* Which worker owns a session: by its local port, DPVS 1.10.2, src/sa_pool.c: sa_pool_init. Where there is none, the one
- * that the network card gives the client's packets to, which nobody but the card knows. */
-static int owner_of(const struct agent_record *r)
-{
-	unsigned index = ntohs(r->lport) & port_mask;
-
-	if (r->fwdmode != FWD_FNAT)
-		return n_workers == 1 ? 0 : -1;
-	return index < n_workers ? (int)index : -1;
-}
 
 /* The oldest result; one that is not there yet is passed over, however long it takes. */
 static unsigned oldest_result(void)
@@ -313,7 +388,9 @@ static int accept_batch(const struct agent_request *head, const uint8_t *ops, co
 	__atomic_store_n(&result->request_id, head->request_id, __ATOMIC_RELEASE);
 
 	request->used = true;
+	request->withdrawing = false;
 	request->count = request->remaining = head->count;
+	request->n_every = 0;
 	request->result = result;
 	request->trial = head->op == AGENT_TRIAL;
 	request->tried = 0;
@@ -326,13 +403,17 @@ static int accept_batch(const struct agent_request *head, const uint8_t *ops, co
 	for (i = 0; i < head->count; i++) {
 		uint8_t code = check_record(&request->records[i]);
 
-		if (!code && ops[i] != AGENT_UPSERT && ops[i] != AGENT_DELETE)
+		if (!code && ops[i] != AGENT_UPSERT && ops[i] != AGENT_DELETE && ops[i] != AGENT_CHECK)
 			code = CODE_BAD_RECORD;
 		owner[i] = code ? -1 : (int8_t)owner_of(&request->records[i]);
 		if (owner[i] < 0) {
 			request->codes[i] = code ? code : CODE_WRONG_WORKER;
 			count_codes(request->codes[i], 1);
 			refused++;
+		} else if (owner[i] == EVERY_WORKER) {
+			request->every[request->n_every++] = (uint16_t)i;
+			request->seen[i] = 0;
+			request->remaining += n_workers - 1;
 		} else {
 			request->end[owner[i]]++;
 		}
@@ -343,15 +424,13 @@ static int accept_batch(const struct agent_request *head, const uint8_t *ops, co
 		request->end[n] = request->begin[n];
 	}
 	for (i = 0; i < head->count; i++)
-		if (owner[i] >= 0)
+		if (owner[i] >= 0 && owner[i] != EVERY_WORKER)
 			request->order[request->end[owner[i]]++] = (uint16_t)i;
-	for (n = 0; n < n_workers; n++)
-		if (request->begin[n] != request->end[n]) {
-			struct worker *w = &workers[n];
-
-			w->fifo[(w->head + w->length) % AGENT_MAX_REQUESTS] = (uint8_t)(request - requests);
-			w->length++;
-		}
+	for (n = 0; n < n_workers; n++) {
+		request->own_end[n] = request->end[n];
+		request->end[n] = (uint16_t)(request->end[n] + request->n_every);
+		queue(request, n);
+	}
 	settle(request, refused);
 	pump_all();
 	if (!pump_armed && door.outstanding) {

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * One session, made, refreshed or ended by DPVS's own functions on the worker that owns it.
+ * One session, made, refreshed or ended by DPVS's own functions on the worker that owns it, or on each of them where
+ * nobody can know (batch.c).
  *
  * Rules: everything here runs on that worker, between two bursts of packets, so nothing else touches its table, its port
  * pools or its lists of services. A TCP copy waits as SYNACK|INACTIVE and ends from CLOSE: no reset is sent from either.
@@ -20,11 +21,26 @@ static bool address_equal(int af, const void *a, const void *b)
 	return memcmp(a, b, af == AF_INET ? 4 : 16) == 0;
 }
 
+/* The modes and families that DPVS can carry: 1.10.2, src/ipvs/ip_vs_xmit.c. */
+static bool is_kind(const struct agent_record *r)
+{
+	bool same = r->af == r->af_out && (r->af == AF_INET || r->af == AF_INET6);
+
+	switch (r->fwdmode) {
+	case FWD_FNAT:
+	case FWD_TUNNEL:
+		return same || (r->af == AF_INET6 && r->af_out == AF_INET);
+	case FWD_DR:
+	case FWD_NAT:
+		return same;
+	default:
+		return false;
+	}
+}
+
 uint8_t check_record(const struct agent_record *r)
 {
-	if (r->af != AF_INET || r->af_out != AF_INET || (r->proto != IPPROTO_TCP && r->proto != IPPROTO_UDP))
-		return CODE_UNSUPPORTED;
-	if (r->fwdmode != FWD_FNAT && r->fwdmode != FWD_DR)
+	if (!is_kind(r) || (r->proto != IPPROTO_TCP && r->proto != IPPROTO_UDP))
 		return CODE_UNSUPPORTED;
 	if (r->flags & (F_TEMPLATE | F_ONE_PACKET))
 		return CODE_UNSUPPORTED;
@@ -32,8 +48,8 @@ uint8_t check_record(const struct agent_record *r)
 		return CODE_BAD_RECORD;
 	if (r->state > (r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NORMAL))
 		return CODE_BAD_RECORD;
-	if (r->fwdmode != FWD_FNAT && (r->lport != r->cport || !address_equal(r->af, r->laddr, r->caddr)))
-		return CODE_BAD_RECORD; /* no local address: DPVS writes the client's there */
+	if (r->fwdmode != FWD_FNAT && (r->lport != r->cport || !address_equal(r->af_out, r->laddr, r->caddr)))
+		return CODE_BAD_RECORD; /* no local address: DPVS writes the client's there, or what fits of it */
 	if (!r->timeout_ms || r->timeout_ms / 1000 > MAX_TIMEOUT_S || r->wscale_vs > 14 || r->wscale_rs > 14)
 		return CODE_BAD_RECORD;
 	return 0;
@@ -52,6 +68,20 @@ static bool is_live(void *conn)
 	if (get8(AT(conn, dp_vs_conn, proto)) != IPPROTO_TCP)
 		return get16(AT(conn, dp_vs_conn, state)) != UDP_NONE;
 	return get16(AT(conn, dp_vs_conn, state)) != TCP_SYNACK || !(get16(AT(conn, dp_vs_conn, flags)) & F_INACTIVE);
+}
+
+/* LIVE, or LIVE_ANSWERS for NAT, where what the real server sends may come to another worker than what the client sends:
+ * with copies on both, each makes its own live. It may be without a copy (DPVS's redirect table takes the packet to the
+ * session), the client's worker may not. A packet of the client leaves its traces in the Ethernet address of the way back
+ * or in the next hop: 1.10.2, src/ipvs/ip_vs_xmit.c: dp_vs_save_xmit_info, dp_vs_conn_cache_rt. */
+static uint8_t live_code(void *conn, const struct agent_record *r)
+{
+	static const uint8_t nothing[16];
+
+	if (r->fwdmode != FWD_NAT || memcmp(AT(conn, dp_vs_conn, out_dmac), nothing, 6) != 0 ||
+	    !address_equal(r->af_out, AT(conn, dp_vs_conn, in_nexthop), nothing))
+		return CODE_LIVE;
+	return CODE_LIVE_ANSWERS;
 }
 
 static void *find(const struct agent_record *r, int *direction)
@@ -99,11 +129,24 @@ static void fill(void *conn, const struct agent_record *r)
 	dpvs.dp_vs_conn_put(conn); /* restarts its timer with this timeout, drops our reference */
 }
 
+/* By which real server a port's pool is chosen: DPVS 1.10.2, src/sa_pool.c: sa_pool_hash. */
+static uint32_t pool_key(const struct agent_record *r)
+{
+	uint32_t words[5] = { r->dport };
+
+	if (r->af_out == AF_INET6) {
+		memcpy(&words[1], r->daddr, 16);
+		return hash_words(words, 5, AF_INET6);
+	}
+	memcpy(words, r->daddr, 4);
+	return (ntohl(words[0]) & 0xffff) + ntohs(r->dport);
+}
+
 /* The local port's entry in this worker's pool; NULL and a code where it cannot be had. */
 static void *free_port(const struct agent_record *r, void *laddr, uint8_t *code, struct list_head **free_list)
 {
 	void *ifa, *pool, *bucket, *entry;
-	uint32_t address, port = ntohs(r->lport);
+	uint32_t port = ntohs(r->lport);
 	unsigned shift, hash_size;
 
 	ifa = dpvs.inet_addr_ifa_get(r->af_out, getp(AT(laddr, dp_vs_laddr, iface)), (void *)(uintptr_t)r->laddr);
@@ -132,10 +175,7 @@ static void *free_port(const struct agent_record *r, void *laddr, uint8_t *code,
 		*code = CODE_BAD_RECORD;
 		return NULL;
 	}
-	/* DPVS 1.10.2, src/sa_pool.c: sa_pool_hash */
-	memcpy(&address, r->daddr, 4);
-	bucket = (char *)getp(AT(pool, sa_pool, pool_hash)) +
-		 SIZE_OF(sa_entry_pool) * (((ntohl(address) & 0xffff) + ntohs(r->dport)) % hash_size);
+	bucket = (char *)getp(AT(pool, sa_pool, pool_hash)) + SIZE_OF(sa_entry_pool) * (pool_key(r) % hash_size);
 	shift = get16(AT(bucket, sa_entry_pool, shift));
 	if (shift > 6) {
 		*code = poison("a port pool has a shift of %u", shift);
@@ -287,7 +327,7 @@ uint8_t upsert_session(const struct agent_record *r, unsigned lcore)
 		}
 		if (is_live(conn)) {
 			dpvs.dp_vs_conn_put_no_reset(conn);
-			return CODE_LIVE;
+			return live_code(conn, r);
 		}
 		if (same_local_side(conn, r)) {
 			fill(conn, r);
@@ -299,24 +339,52 @@ uint8_t upsert_session(const struct agent_record *r, unsigned lcore)
 	return create(r, lcore);
 }
 
-uint8_t delete_session(const struct agent_record *r)
+/* Our copy of exactly this session, held; NULL and a code where there is none. */
+static void *find_own(const struct agent_record *r, uint8_t *code)
 {
 	int direction;
 	void *conn = find(r, &direction);
 
-	if (!conn)
-		return CODE_ABSENT;
+	if (!conn) {
+		*code = CODE_ABSENT;
+		return NULL;
+	}
 	if (direction != 0 || !(get16(AT(conn, dp_vs_conn, flags)) & F_INJECTED)) {
 		dpvs.dp_vs_conn_put_no_reset(conn);
-		return CODE_FOREIGN;
+		*code = CODE_FOREIGN;
+		return NULL;
 	}
 	if (!same_local_side(conn, r)) { /* a later session of the same client port */
 		dpvs.dp_vs_conn_put_no_reset(conn);
-		return CODE_ABSENT;
+		*code = CODE_ABSENT;
+		return NULL;
 	}
-	if (is_live(conn)) {
+	return conn;
+}
+
+uint8_t look_at_session(const struct agent_record *r)
+{
+	uint8_t code;
+	void *conn = find_own(r, &code);
+
+	if (!conn)
+		return code;
+	code = is_live(conn) ? live_code(conn, r) : CODE_WAITING;
+	dpvs.dp_vs_conn_put_no_reset(conn);
+	return code;
+}
+
+uint8_t withdraw_session(const struct agent_record *r, bool answers)
+{
+	uint8_t code;
+	void *conn = find_own(r, &code);
+
+	if (!conn)
+		return code;
+	code = is_live(conn) ? live_code(conn, r) : CODE_WAITING;
+	if (code == CODE_LIVE || (code == CODE_LIVE_ANSWERS && !answers)) {
 		dpvs.dp_vs_conn_put_no_reset(conn);
-		return CODE_LIVE;
+		return code;
 	}
 	return end_silently(conn) ? CODE_DELETED : CODE_BUSY;
 }
@@ -329,4 +397,25 @@ uint64_t address_of_session(const struct agent_record *r)
 	if (conn)
 		dpvs.dp_vs_conn_put_no_reset(conn);
 	return (uint64_t)(uintptr_t)conn;
+}
+
+uint8_t delete_session(const struct agent_record *r) { return withdraw_session(r, false); }
+
+uint8_t merge_codes(uint64_t seen)
+{
+	uint64_t failed = seen >> CODE_NO_SERVICE << CODE_NO_SERVICE;
+
+	if (seen & (1ull << CODE_LIVE | 1ull << CODE_LIVE_ANSWERS))
+		return CODE_LIVE;
+	if (failed) /* the worst: what will never work before what may */
+		return (uint8_t)(63 - __builtin_clzll(failed));
+	if (seen & 1ull << CODE_FOREIGN)
+		return CODE_FOREIGN;
+	if (seen & 1ull << CODE_WAITING)
+		return CODE_WAITING;
+	if (seen & 1ull << CODE_UPDATED)
+		return CODE_UPDATED;
+	if (seen & 1ull << CODE_CREATED)
+		return CODE_CREATED;
+	return seen & 1ull << CODE_DELETED ? CODE_DELETED : CODE_ABSENT;
 }

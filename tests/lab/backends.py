@@ -50,14 +50,14 @@ class UdpEcho(asyncio.DatagramProtocol):
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         if data == WHO:
             ours = self.transport.get_extra_info("sockname")
-            data = f"{addr[0]}:{addr[1]} at {ours[0]}:{ours[1]}".encode()
+            data = f"{addr[0]} {addr[1]} at {ours[0]} {ours[1]}".encode()
         self.transport.sendto(data, addr)
 
 
 async def serve(addresses: list[str]) -> None:
     loop = asyncio.get_running_loop()
-    await asyncio.start_server(echo, "0.0.0.0", 7, backlog=BACKLOG)
-    await asyncio.start_server(http, "0.0.0.0", 80, backlog=BACKLOG)
+    await asyncio.start_server(echo, ["0.0.0.0", "::"], 7, backlog=BACKLOG)
+    await asyncio.start_server(http, ["0.0.0.0", "::"], 80, backlog=BACKLOG)
     for address in addresses:  # one socket each, so that an answer leaves from the address that was asked
         await loop.create_datagram_endpoint(UdpEcho, local_addr=(address, 53))
     print("ready", flush=True)

@@ -84,7 +84,7 @@ ipvs_defs {{
         uoa_mode        opp
         uoa_max_trail   0
         timeout {{
-            oneway      60
+            oneway      {oneway_s}
             normal      {udp_s}
             last        3
         }}
@@ -96,7 +96,7 @@ ipvs_defs {{
     }}
 }}
 sa_pool {{
-    <init> pool_hash_size  1
+    <init> pool_hash_size  {port_pools}
     <init> flow_enable     off
 }}
 """
@@ -111,7 +111,8 @@ WORKER = """\
     }}"""
 
 
-def text(*, log: Path, workers: int, pool: int, established_s: int, udp_s: int, timeouts: Mapping[str, int]) -> str:
+def text(*, log: Path, workers: int, pool: int, established_s: int, udp_s: int, oneway_s: int, port_pools: int,
+         timeouts: Mapping[str, int]) -> str:  # fmt: skip
     """The configuration file."""
     seconds = {**TIMEOUTS_S, "established": established_s, **timeouts}
     return CONFIG.format(
@@ -121,6 +122,8 @@ def text(*, log: Path, workers: int, pool: int, established_s: int, udp_s: int, 
         worker_blocks="\n".join(WORKER.format(cpu=queue + 1, queue=queue, device=DEVICE) for queue in range(workers)),
         pool=pool,
         udp_s=udp_s,
+        oneway_s=oneway_s,
+        port_pools=port_pools,
         redirect="on" if workers > 1 else "off",
         timeouts="\n".join(f"            {state:<12}{value}" for state, value in seconds.items()),
     )

@@ -4,13 +4,16 @@
 Rules: every namespace belongs to one ``Network`` and carries its prefix; ``close`` removes them all, which removes the
 links in them as well. Nothing outside these namespaces is touched. N is the second byte of all addresses::
 
-    client v0 10.N.0.10 --+
-    server v0 10.N.0.20-.23 (and 10.N.1.101 on lo, for direct routing) --+-- bridge in namespace "sw"
+    client v0 10.N.0.10 (and 10.N.3.10, for NAT) --+
+    server v0 10.N.0.20-.23 (and 10.N.1.101, .102 on lo, for direct routing and tunnels) --+-- bridge in namespace "sw"
     node a v0 (DPVS's own; address 10.N.0.1 lives in DPVS) --+
     node b v0 (DPVS's own; address 10.N.0.2 lives in DPVS) --+
     a s0 10.N.8.1 <-> b s0 10.N.8.2      the sync link, the kernel's own
 
-The client and the server act as the routers of a real network: their routes say which node is active.
+What is 10.N.X.Y in IPv4 is fd00:N:X::Y in IPv6 (the digits as they are). The client and the server act as the routers
+of a real network: their routes say which node is active. Services of NAT are in a subnet of their own, which the client
+speaks to from an address of its own, because what the server answers to that has to pass the node. The nodes' ports of
+the bridge are isolated from each other: both hold the same addresses, as far as IPv6's duplicate detection can tell.
 """
 
 import ctypes
@@ -88,6 +91,9 @@ class Plan:
     def at(self, third: int, fourth: int) -> str:
         return f"10.{self.net}.{third}.{fourth}"
 
+    def at6(self, third: int, fourth: int) -> str:
+        return f"fd00:{self.net}:{third}::{fourth}"
+
     @property
     def client(self) -> str:
         return self.at(0, 10)
@@ -97,8 +103,17 @@ class Plan:
         return [self.at(0, k) for k in (20, 21, 22, 23)]
 
     @property
+    def servers6(self) -> list[str]:
+        return [self.at6(0, k) for k in (20, 21, 22, 23)]
+
+    @property
     def vip(self) -> str:
         return self.at(1, 100)
+
+    @property
+    def server_vips(self) -> list[str]:
+        """Virtual addresses that the server has as well: packets come to it with them."""
+        return [at(1, k) for at in (self.at, self.at6) for k in (101, 102)] + [self.at6(1, 103)]
 
     @property
     def vip_dr(self) -> str:
@@ -107,6 +122,16 @@ class Plan:
     @property
     def local_addresses(self) -> list[str]:
         return [self.at(2, 200), self.at(2, 201)]
+
+    @property
+    def local_addresses6(self) -> list[str]:
+        return [self.at6(2, 200), self.at6(2, 201)]
+
+    def node_prefixes(self, name: str) -> list[str]:
+        """What a node has of addresses in subnets: with each comes a route."""
+        fourth = {"a": 1, "b": 2}[name]
+        subnets = [f"{self.at(third, fourth)}/24" for third in (0, 3)]
+        return subnets + [f"{self.at6(third, fourth)}/64" for third in (0, 3)]
 
     def node(self, name: str) -> str:
         return self.at(0, {"a": 1, "b": 2}[name])
@@ -164,7 +189,9 @@ class Network:
             self._names.append(self.name(host))
             with self.inside(host):
                 for scope in ("all", "default"):
-                    sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 1)
+                    sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 0 if host in ("client", "server") else 1)
+                    for what in ("accept_dad", "dad_transmits", "accept_ra", "router_solicitations"):
+                        sysctl(f"net.ipv6.conf.{scope}.{what}", 0)
         with ExitStack() as stack:
             routes = {host: stack.enter_context(self.netlink(host)) for host in ("sw", *HOSTS)}
             for handle in routes.values():
@@ -178,6 +205,8 @@ class Network:
                 switch.link("add", ifname=port, kind="veth", peer={"ifname": "v0", "net_ns_fd": self.name(host)})
                 switch.link("set", index=_index(switch, port), master=bridge, state="up")
                 routes[host].link("set", index=_index(routes[host], "v0"), state="up")
+                if host in ("a", "b"):
+                    switch.brport("set", index=_index(switch, port), isolated=1)
                 with self.inside(host):
                     offloads_off("v0")
                 with self.inside("sw"):
@@ -188,10 +217,13 @@ class Network:
                 routes[host].addr("add", index=sync, address=self.plan.sync(host), prefixlen=24)
                 routes[host].link("set", index=sync, state="up")
             client, server = routes["client"], routes["server"]
-            client.addr("add", index=_index(client, "v0"), address=self.plan.client, prefixlen=24)
-            for address in self.plan.servers:
-                server.addr("add", index=_index(server, "v0"), address=address, prefixlen=24)
-            server.addr("add", index=1, address=self.plan.vip_dr, prefixlen=32)
+            for third in (0, 3):
+                client.addr("add", index=_index(client, "v0"), address=self.plan.at(third, 10), prefixlen=24)
+                client.addr("add", index=_index(client, "v0"), address=self.plan.at6(third, 10), prefixlen=64)
+            for address in (*self.plan.servers, *self.plan.servers6):
+                server.addr("add", index=_index(server, "v0"), address=address, prefixlen=64 if ":" in address else 24)
+            for address in self.plan.server_vips:
+                server.addr("add", index=1, address=address, prefixlen=128 if ":" in address else 32)
         with self.inside("server"):  # the address for direct routing must not be answered for
             sysctl("net.ipv4.conf.all.arp_ignore", 1)
             sysctl("net.ipv4.conf.all.arp_announce", 2)
@@ -200,12 +232,15 @@ class Network:
             sysctl("net.ipv4.tcp_tw_reuse", 1)
 
     def active(self, node: str) -> None:
-        """Route the VIPs and the local addresses to ``node``."""
-        gateway = self.plan.node(node)
-        with self.netlink("client") as client:
-            client.route("replace", dst=self.plan.at(1, 0) + "/24", gateway=gateway)
-        with self.netlink("server") as server:
-            server.route("replace", dst=self.plan.at(2, 0) + "/24", gateway=gateway)
+        """Route the VIPs, the local addresses and NAT's clients to ``node``."""
+        fourth = {"a": 1, "b": 2}[node]
+        for host, subnets in (("client", (1, 4)), ("server", (2, 3))):
+            with self.netlink(host) as handle:
+                for at, family, plen in ((self.plan.at, socket.AF_INET, 24), (self.plan.at6, socket.AF_INET6, 64)):
+                    for third in subnets:
+                        source = {"prefsrc": at(3, 10)} if third == 4 else {}
+                        gateway = at(0, fourth)
+                        handle.route("replace", family=family, dst=f"{at(third, 0)}/{plen}", gateway=gateway, **source)
 
     def set_link(self, host: str, interface: str, up: bool) -> None:
         with self.netlink(host) as handle:

@@ -26,6 +26,7 @@ from tests.lab import config
 from tests.lab.net import Network
 from tests.lab.process import LabError, Process, wait_for
 from tests.lab.run import Run
+from tests.lab.services import Service
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTROL_S = 30.0  # polling nodes may share a CPU
@@ -33,18 +34,6 @@ LAYOUT = "1.10.2"
 PROTOCOLS = {6: "tcp", 17: "udp"}
 SessionTuple = tuple[str, str, str, str, str]  # protocol, client, virtual, local, real server, each "address:port"
 COMMAND = Path(sys.executable).parent / "dpvs-probe"
-
-
-@dataclass(frozen=True)
-class Service:
-    """One virtual service: FullNAT unless ``direct``."""
-
-    proto: str  # tcp, udp
-    address: str
-    port: int
-    servers: tuple[str, ...]
-    local_addresses: tuple[str, ...]
-    direct: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +72,10 @@ class Settings:
     workers: int = 1
     established_timeout_s: int = 90
     udp_timeout_s: int = 300
+    udp_oneway_s: int = 60
+    kinds: tuple[str, ...] = ()  # of services beyond those that every pair has: tests.lab.services.KINDS
+    max_conn: int = 0  # of each real server; 0: no limit
+    port_pools: int = 1  # the ports of a local address, divided by the real server
     pool: int = 65536
     memory_mib: int = 256
     poll: bool = False  # the twin spins as DPVS does
@@ -145,6 +138,8 @@ class Node(ABC):
                 pool=settings.pool,
                 established_s=settings.established_timeout_s,
                 udp_s=settings.udp_timeout_s,
+                oneway_s=settings.udp_oneway_s,
+                port_pools=settings.port_pools,
                 timeouts=settings.timeouts,
             )
         )

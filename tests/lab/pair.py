@@ -8,6 +8,7 @@ with Pair.up() as pair:
     print(steady.report())
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,9 +21,10 @@ from typing import Any
 
 from tests.lab import real
 from tests.lab.net import Network, Plan
-from tests.lab.node import ROOT, Node, Service, Settings
+from tests.lab.node import ROOT, Node, Settings
 from tests.lab.process import LabError, Process, wait_for
 from tests.lab.run import Run
+from tests.lab.services import KINDS, Service, services
 from tests.lab.sniff import ResetCounter
 from tests.lab.twin import TwinNode
 
@@ -106,21 +108,20 @@ class Pair:
         return TwinNode(self.run, self.network, name, self.settings)
 
     def _backends(self) -> None:
-        backends = self.spawn("server", "backends", sys.executable, "-m", "tests.lab.backends", *self.plan.servers)
+        backends = self.spawn("server", "backends", sys.executable, "-m", "tests.lab.backends", *self.plan.servers,
+                              *self.plan.servers6, *self.plan.server_vips)  # fmt: skip
         wait_for("backends ready", lambda: "ready" in backends.output() or not backends.alive, 20)
         if not backends.alive:
             raise LabError(f"backends ended:\n{backends.tail()}")
+        if any(KINDS[kind][0] == "tunnel" for kind in self.settings.kinds):
+            unwrap = self.spawn("server", "unwrap", sys.executable, "-m", "tests.lab.unwrap")
+            wait_for("tunnels end", lambda: "ready" in unwrap.output() or not unwrap.alive, 20)
+            if not unwrap.alive:
+                raise LabError(f"unwrap ended:\n{unwrap.tail()}")
 
     def services(self) -> list[Service]:
-        plan = self.plan
-        servers, local = tuple(plan.servers), tuple(plan.local_addresses)
-        return [
-            Service("tcp", plan.vip, 80, servers, local),
-            Service("tcp", plan.vip, 7, servers, local),
-            Service("udp", plan.vip, 53, servers, local),
-            Service("tcp", plan.vip_dr, 80, servers[:1], (), direct=True),
-            Service("tcp", plan.vip_dr, 7, servers[:1], (), direct=True),
-        ]
+        limit = self.settings.max_conn
+        return [dataclasses.replace(service, max_conn=limit) for service in services(self.plan, self.settings.kinds)]
 
     # -- what an operator, or fate, does ----------------------------------------------------------------------------
     def active(self, name: str) -> None:
@@ -172,12 +173,14 @@ class Pair:
         self, port: int = 7, host: str | None = None, *, timeout: float = 5, source_port: int = 0
     ) -> socket.socket:
         """One TCP connection from the client's namespace through the load balancer."""
+        host = host or self.plan.vip
         with self.network.inside("client"):
-            connection = socket.socket()
+            connection = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         connection.settimeout(timeout)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        connection.bind((self.plan.client, source_port))
-        connection.connect((host or self.plan.vip, port))
+        if source_port:
+            connection.bind((self.plan.client, source_port))
+        connection.connect((host, port))
         return connection
 
     def datagram(self, data: bytes, port: int = 53, timeout: float = 5) -> bytes:

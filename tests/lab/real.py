@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 
 from tests.lab.config import DEVICE
-from tests.lab.node import Counters, Node, RealServer, Service
+from tests.lab.node import Counters, Node, RealServer
 from tests.lab.process import LabError
+from tests.lab.services import Service, endpoint
 
+MODES = {"fnat": "-b", "dr": "-g", "nat": "-m", "tunnel": "-i"}
 _SERVICE = re.compile(r"^(TCP|UDP)\s+(\S+)")
 _SERVER = re.compile(r"^\s+->\s+(\S+)\s+\S+\s+-?\d+\s+(\d+)\s+(\d+)")
 _PORTS = re.compile(r"\bsa_used (\d+)")
@@ -53,17 +55,21 @@ class RealNode(Node):
         return done.stdout
 
     def configure(self, services: list[Service]) -> None:
-        self.tool("dpip", "addr", "add", f"{self.plan.node(self.name)}/24", "dev", DEVICE)
+        for prefix in self.plan.node_prefixes(self.name):
+            self.add_address(prefix)
         for address in dict.fromkeys(service.address for service in services):
-            self.tool("dpip", "addr", "add", f"{address}/32", "dev", DEVICE)
+            self.add_address(f"{address}/{128 if ':' in address else 32}")
         for service in services:
-            key = ("-t" if service.proto == "tcp" else "-u", f"{service.address}:{service.port}")
+            key = ("-t" if service.proto == "tcp" else "-u", service.key)
             self.tool("ipvsadm", "-A", *key, "-s", "rr")
             for server in service.servers:
-                mode = "-g" if service.direct else "-b"
-                self.tool("ipvsadm", "-a", *key, "-r", f"{server}:{service.port}", mode)
+                limit = ("-x", str(service.max_conn)) if service.max_conn else ()
+                self.tool("ipvsadm", "-a", *key, "-r", endpoint(server, service.port), MODES[service.mode], *limit)
             for local in service.local_addresses:
                 self.tool("ipvsadm", "--add-laddr", "-z", local, *key, "-F", DEVICE)
+
+    def add_address(self, prefix: str) -> None:
+        self.tool("dpip", *(("-6",) if ":" in prefix else ()), "addr", "add", prefix, "dev", DEVICE)
 
     def counters(self) -> Counters:
         servers, service = [], ""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.available import ROOT, TWIN
-from tests.lab.node import Counters, Node, RealServer, Service
+from tests.lab.node import Counters, Node, RealServer
 from tests.lab.process import LabError
+from tests.lab.services import Service, endpoint
 
 REPLY_S = 30.0
 SANITIZED_TWIN = TWIN.with_name("dpvs-twin-asan")
@@ -66,14 +67,16 @@ class TwinNode(Node):
         return reply
 
     def configure(self, services: list[Service]) -> None:
-        self.tell(f"addr add {self.plan.node(self.name)}/24")
+        for prefix in self.plan.node_prefixes(self.name):
+            self.tell(f"addr add {prefix}")
         for address in dict.fromkeys(service.address for service in services):
-            self.tell(f"addr add {address}/32")
+            self.tell(f"addr add {address}")
         for service in services:
-            key = f"{service.proto} {service.address}:{service.port}"
+            key = f"{service.proto} {service.key}"
             self.tell(f"service add {key} sched rr")
             for server in service.servers:
-                self.tell(f"dest add {key} {server}:{service.port} {'dr' if service.direct else 'fnat'}")
+                limit = f" max_conn {service.max_conn}" if service.max_conn else ""
+                self.tell(f"dest add {key} {endpoint(server, service.port)} {service.mode}{limit}")
             for local in service.local_addresses:
                 self.tell(f"laddr add {key} {local}")
 
@@ -83,9 +86,9 @@ class TwinNode(Node):
         for worker in self.tell("stats")["workers"]:  # each worker counts for itself
             used += sum(address["used"] for address in worker["addresses"])
             for service in worker["services"]:
-                name = f"{service['proto']} {service['vip']}:{service['port']}"
+                name = f"{service['proto']} {endpoint(service['vip'], service['port'])}"
                 for dest in service["dests"]:
-                    address = f"{dest['addr']}:{dest['port']}"
+                    address = endpoint(dest["addr"], dest["port"])
                     before = servers.get((name, address))
                     servers[name, address] = RealServer(
                         name,

@@ -1,108 +1,38 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What else survives a failover: each forwarding mode and protocol that is put into a peer, and what it leaves."""
+"""What survives a failover: each forwarding mode, family and protocol, on one worker and on two."""
 
-import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import dataclasses
+from typing import Any
 
 import pytest
 
-from tests.lab.backends import WHO
-from tests.lab.node import Node
-from tests.lab.pair import Pair
-from tests.lab.process import LabError, wait_for
+from tests.conftest import demand
+from tests.kinds.outcomes import SURVIVES, name, record
+from tests.lab.node import Settings
+from tests.lab.pair import Pair, memory_mib
+from tests.lab.services import KINDS
+from tests.system.kinds import PROTOCOLS, Case, failover
 
 pytestmark = [pytest.mark.dpvs, pytest.mark.needs("bpf", "agent")]
-FLOWS = 40
-TRIES = 10
+SETTINGS = Settings(kinds=tuple(KINDS), port_pools=2, udp_timeout_s=12, udp_oneway_s=12)
+_played: dict[tuple[str, int], dict[Case, str]] = {}
 
 
-class Flows:
-    """UDP flows, each from a port of its own; who the real server takes them for says which session carries them."""
-
-    def __init__(self, sockets: list[socket.socket]) -> None:
-        self._sockets = sockets
-
-    def seen_as(self) -> list[bytes]:
-        """For each flow: the source that its real server sees, and which server that is. A datagram may be lost."""
-        return [self._ask(flow) for flow in self._sockets]
-
-    def _ask(self, flow: socket.socket) -> bytes:
-        for _ in range(TRIES):
-            flow.send(WHO)
-            try:
-                return flow.recv(200)
-            except TimeoutError:
-                continue
-        raise LabError(f"no answer to {TRIES} datagrams")
+@pytest.fixture
+def outcomes(lab_run: Any, lab_pages: Any, pair_kind: str, workers: int) -> dict[Case, str]:
+    """What became of each case; all of them are played in one failover, when the first is asked for."""
+    if (pair_kind, workers) not in _played:
+        demand(pair_kind)
+        lab_pages(pair_kind)
+        settings = dataclasses.replace(SETTINGS, workers=workers, memory_mib=memory_mib(pair_kind))
+        with Pair(lab_run, kind=pair_kind, settings=settings) as pair:
+            _played[pair_kind, workers] = failover(pair, workers)
+    return _played[pair_kind, workers]
 
 
-@contextmanager
-def udp_flows(pair: Pair, count: int) -> Iterator[Flows]:
-    with ExitStack() as stack:
-        with pair.network.inside("client"):
-            sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(count)]
-        for flow in sockets:
-            flow.settimeout(1)
-            flow.connect((pair.plan.vip, 53))
-        yield Flows(sockets)
-
-
-def copies(node: Node) -> int:
-    return len(node.sessions())
-
-
-@pytest.mark.pair(udp_timeout_s=40)
-def test_udp_flows_keep_their_session(pair: Pair) -> None:
-    """QUIC is this too: the real server must go on to see the same address and port."""
-    pair.replicate()
-    with udp_flows(pair, FLOWS) as flows:
-        before = flows.seen_as()
-        assert len(set(before)) == FLOWS
-        wait_for("all flows in b", lambda: copies(pair.b) == FLOWS, 15)
-        assert flows.seen_as() == before
-        pair.kill("a")
-        pair.active("b")
-        assert flows.seen_as() == before
-        assert copies(pair.b) == FLOWS
-        assert flows.seen_as() == before
-    wait_for("b counts nothing any more", lambda: pair.b.counters().idle, 150, 0.5)
-    assert copies(pair.b) == 0
-    assert pair.datagram(b"a new one") == b"a new one"
-
-
-@pytest.mark.pair(workers=2)
-def test_udp_flows_on_two_workers(pair: Pair) -> None:
-    pair.replicate()
-    with udp_flows(pair, FLOWS) as flows:
-        before = flows.seen_as()
-        wait_for("all flows in b", lambda: copies(pair.b) == FLOWS, 15)
-        pair.kill("a")
-        pair.active("b")
-        assert flows.seen_as() == before
-
-
-def test_direct_routing(pair: Pair) -> None:
-    """The real server is the one thing that a session of this mode must remember."""
-    pair.replicate()
-    steady = pair.steady(FLOWS, host=pair.plan.vip_dr)
-    wait_for("all sessions in b", lambda: copies(pair.b) == FLOWS, 15)
-    pair.kill("a")
-    pair.active("b")
-    wait_for("traffic on b", lambda: pair.b.counters().active == FLOWS, 20)
-    report = steady.finish()
-    assert report["alive"] == FLOWS, report
-    assert report["corrupted"] == report["reset"] == report["stalled"] == 0, report
-    wait_for("b counts nothing any more", lambda: pair.b.counters().idle, 120, 0.5)
-    assert copies(pair.b) == 0
-
-
-@pytest.mark.pair(workers=2)
-def test_direct_routing_where_nobody_knows_the_worker(pair: Pair) -> None:
-    """Without a local port only the network card knows which worker gets the packets: refused, and said."""
-    pair.replicate()
-    steady = pair.steady(5, host=pair.plan.vip_dr)
-    probe = pair.b.attached[0]
-    wait_for("refused", lambda: probe.status()["injection"]["results"].get("wrong_worker") == 5, 15)
-    assert copies(pair.b) == 0
-    assert steady.finish()["alive"] == 5
+@pytest.mark.parametrize("proto", PROTOCOLS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_survives(outcomes: dict[Case, str], pair_kind: str, kind: str, proto: str, workers: int) -> None:
+    record(pair_kind, name(kind, proto, workers), outcomes[kind, proto])
+    assert outcomes[kind, proto] == SURVIVES

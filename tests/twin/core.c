@@ -94,27 +94,33 @@ static int transmit(struct rte_mbuf *mbuf, struct dp_vs_proto *prot, struct dp_v
     return INET_STOLEN;
 }
 
-/* An IPv4 packet for us, from its IP header on. */
-int dp_vs_in4(struct rte_mbuf *mbuf)
+/* A packet for us, from its IP header on. Of IPv6, one without extension headers. */
+int dp_vs_in(int af, struct rte_mbuf *mbuf)
 {
-    const struct rte_ipv4_hdr *ip4 = ip4_hdr(mbuf);
     lcoreid_t cid = (lcoreid_t)rte_lcore_id(), peer_cid = cid;
     int dir = DPVS_CONN_DIR_INBOUND, verdict = INET_DROP;
     struct dp_vs_iphdr iph;
-    struct dp_vs_proto *prot = dp_vs_proto_lookup(ip4->next_proto_id);
+    struct dp_vs_proto *prot;
     struct dp_vs_conn *conn;
     bool drop = false;
 
+    memset(&iph, 0xa5, sizeof(iph)); /* DPVS leaves rubbish above an IPv4 address: so that nobody relies on zeros */
+    iph.af = af;
+    iph.len = ip_hdrlen(af, mbuf);
+    if (af == AF_INET) {
+        iph.proto = ip4_hdr(mbuf)->next_proto_id;
+        iph.saddr.in.s_addr = ip4_hdr(mbuf)->src_addr;
+        iph.daddr.in.s_addr = ip4_hdr(mbuf)->dst_addr;
+    } else {
+        iph.proto = ip6_hdr(mbuf)->proto;
+        memcpy(&iph.saddr, &ip6_hdr(mbuf)->src_addr, 16);
+        memcpy(&iph.daddr, &ip6_hdr(mbuf)->dst_addr, 16);
+    }
+    prot = dp_vs_proto_lookup(iph.proto);
     if (!prot)
         return INET_ACCEPT;
-    if (ip4->fragment_offset & htons(RTE_IPV4_HDR_MF_FLAG | RTE_IPV4_HDR_OFFSET_MASK))
+    if (af == AF_INET && ip4_hdr(mbuf)->fragment_offset & htons(RTE_IPV4_HDR_MF_FLAG | RTE_IPV4_HDR_OFFSET_MASK))
         return INET_DROP;
-    memset(&iph, 0xa5, sizeof(iph)); /* DPVS leaves rubbish above an IPv4 address: so that nobody relies on zeros */
-    iph.af = AF_INET;
-    iph.len = ip4_hdrlen(mbuf);
-    iph.proto = ip4->next_proto_id;
-    iph.saddr.in.s_addr = ip4->src_addr;
-    iph.daddr.in.s_addr = ip4->dst_addr;
 
     conn = prot->conn_lookup(prot, &iph, mbuf, &dir, false, &drop, &peer_cid);
     if (peer_cid != cid) {

@@ -129,23 +129,31 @@ int ifa_del(int af, const union inet_addr *addr, uint8_t plen)
     return EDPVS_OK;
 }
 
-bool ifa_is_local4(uint32_t addr)
+bool ifa_is_local(int af, const union inet_addr *addr)
 {
-    union inet_addr key;
+    union inet_addr key = *addr;
 
-    memset(&key, 0, sizeof(key));
-    key.in.s_addr = addr;
-    return inet_addr_get_iface(AF_INET, &key) != NULL;
+    return inet_addr_get_iface(af, &key) != NULL;
+}
+
+static bool same_subnet(int af, const union inet_addr *a, const union inet_addr *b, unsigned plen)
+{
+    const uint8_t *x = (const uint8_t *)a, *y = (const uint8_t *)b;
+    unsigned bytes = plen / 8, bits = plen % 8;
+
+    assert(plen <= (af == AF_INET ? 32 : 128));
+    return !memcmp(x, y, bytes) && (bits == 0 || !((x[bytes] ^ y[bytes]) >> (8 - bits)));
 }
 
 /* The address to ask from: the one whose subnet holds `daddr`. */
-bool ifa_source4(uint32_t daddr, uint32_t *source)
+bool ifa_source(int af, const union inet_addr *daddr, union inet_addr *source)
 {
     const struct inet_ifaddr *ifa;
 
     list_for_each_entry (ifa, &device.ifa_list[rte_lcore_id()], d_list) {
-        if (ifa->af == AF_INET && ifa->plen < 32 && !((ifa->addr.in.s_addr ^ daddr) & ifa->mask.in.s_addr)) {
-            *source = ifa->addr.in.s_addr;
+        if (ifa->af == af && ifa->plen < (af == AF_INET ? 32 : 128) &&
+            same_subnet(af, &ifa->addr, daddr, ifa->plen)) {
+            *source = ifa->addr;
             return true;
         }
     }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * One port, "dpdk0": receive, Ethernet, ARP, echo, transmit. Neighbours are one locked table for all workers, because
+ * One port, "dpdk0": receive, Ethernet, ARP, echo, transmit; IPv6's neighbours in ndisc.c. Neighbours are one locked table for all workers, because
  * the answer to one's question may arrive at another. A packet whose next hop is unknown waits in its entry, a few at
  * most.
  */
@@ -15,10 +15,11 @@
 #define NEIGHBOURS 1024
 #define WAITING 8
 #define NEIGHBOUR_FRESH_S 60
-#define ARP_AGAIN_S 1
+#define ASK_AGAIN_S 1
 
 struct neighbour {
-    uint32_t addr; /* 0: free */
+    int af; /* 0: free */
+    union inet_addr addr;
     bool known;
     struct rte_ether_addr mac;
     uint64_t confirmed; /* cycles */
@@ -87,7 +88,8 @@ int net_xmit(struct rte_mbuf *mbuf)
     return EDPVS_OK;
 }
 
-static int xmit_to(struct rte_mbuf *mbuf, const struct rte_ether_addr *mac, uint16_t type)
+/* A packet, from its IP header on, to a neighbour. Takes it over. */
+int net_xmit_to(struct rte_mbuf *mbuf, const struct rte_ether_addr *mac, uint16_t type)
 {
     struct rte_ether_hdr *eth = (struct rte_ether_hdr *)rte_pktmbuf_prepend(mbuf, sizeof(*eth));
 
@@ -122,45 +124,52 @@ static void send_arp(uint16_t op, const struct rte_ether_addr *to, uint32_t sip,
     arp->arp_data.arp_sip = sip;
     arp->arp_data.arp_tha = *tha;
     arp->arp_data.arp_tip = tip;
-    xmit_to(mbuf, to, RTE_ETHER_TYPE_ARP);
+    net_xmit_to(mbuf, to, RTE_ETHER_TYPE_ARP);
 }
 
 static void ask(struct neighbour *n, uint64_t now)
 {
     static const struct rte_ether_addr everyone = {{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}}, nobody;
-    uint32_t source;
+    union inet_addr source;
 
-    if (n->asked && now - n->asked < ARP_AGAIN_S * g_cycles_per_sec)
+    if (n->asked && now - n->asked < ASK_AGAIN_S * g_cycles_per_sec)
         return;
-    if (!ifa_source4(n->addr, &source))
+    if (!ifa_source(n->af, &n->addr, &source))
         return;
     n->asked = now;
-    send_arp(RTE_ARP_OP_REQUEST, &everyone, source, &nobody, n->addr);
+    if (n->af == AF_INET)
+        send_arp(RTE_ARP_OP_REQUEST, &everyone, source.in.s_addr, &nobody, n->addr.in.s_addr);
+    else
+        ndisc_ask(&source, &n->addr);
 }
 
 /* Open addressing; entries never leave. */
-static struct neighbour *neighbour_of(uint32_t addr)
+static struct neighbour *neighbour_of(int af, const union inet_addr *addr)
 {
-    uint32_t at = (ntohl(addr) * 2654435761u) >> 22;
+    const uint32_t *w = addr->in6.s6_addr32;
+    uint32_t fold = af == AF_INET ? addr->in.s_addr : w[0] ^ w[1] ^ w[2] ^ w[3];
+    uint32_t at = (ntohl(fold) * 2654435761u) >> 22;
 
     for (int i = 0; i < NEIGHBOURS; i++) {
         struct neighbour *n = &neighbours[(at + (uint32_t)i) % NEIGHBOURS];
-        if (n->addr == 0)
-            n->addr = addr;
-        if (n->addr == addr)
+        if (n->af == 0) {
+            n->af = af;
+            n->addr = *addr;
+        }
+        if (n->af == af && inet_addr_equal(af, &n->addr, addr))
             return n;
     }
     return NULL;
 }
 
-static void heard(uint32_t addr, const struct rte_ether_addr *mac)
+void net_heard(int af, const union inet_addr *addr, const struct rte_ether_addr *mac)
 {
     struct rte_mbuf *waiting[WAITING];
     struct neighbour *n;
     int count = 0;
 
     rte_spinlock_lock(&neighbour_lock);
-    n = neighbour_of(addr);
+    n = neighbour_of(af, addr);
     if (n) {
         n->mac = *mac;
         n->known = true;
@@ -171,7 +180,7 @@ static void heard(uint32_t addr, const struct rte_ether_addr *mac)
     }
     rte_spinlock_unlock(&neighbour_lock);
     for (int i = 0; i < count; i++)
-        xmit_to(waiting[i], mac, RTE_ETHER_TYPE_IPV4);
+        net_xmit_to(waiting[i], mac, ether_type(af));
 }
 
 static void arp_input(struct rte_mbuf *mbuf)
@@ -179,10 +188,11 @@ static void arp_input(struct rte_mbuf *mbuf)
     const struct rte_arp_hdr *arp = mbuf_header(mbuf, 0, sizeof(*arp));
 
     if (arp && arp->arp_protocol == htons(RTE_ETHER_TYPE_IPV4) && arp->arp_hlen == RTE_ETHER_ADDR_LEN) {
-        bool ours = ifa_is_local4(arp->arp_data.arp_tip);
+        union inet_addr sender = {.in.s_addr = arp->arp_data.arp_sip}, target = {.in.s_addr = arp->arp_data.arp_tip};
+        bool ours = ifa_is_local(AF_INET, &target);
 
         if (ours && arp->arp_data.arp_sip)
-            heard(arp->arp_data.arp_sip, &arp->arp_data.arp_sha);
+            net_heard(AF_INET, &sender, &arp->arp_data.arp_sha);
         if (ours && arp->arp_opcode == htons(RTE_ARP_OP_REQUEST))
             send_arp(RTE_ARP_OP_REPLY, &arp->arp_data.arp_sha, arp->arp_data.arp_tip, &arp->arp_data.arp_sha,
                      arp->arp_data.arp_sip);
@@ -190,38 +200,44 @@ static void arp_input(struct rte_mbuf *mbuf)
     rte_pktmbuf_free(mbuf);
 }
 
-/* IPv4. */
+/* Routes: the connected subnets, and for IPv4 a gateway. */
 
 void net_set_gateway(uint32_t addr)
 {
     gateway = addr;
 }
 
-bool net_nexthop4(uint32_t daddr, uint32_t *nexthop)
+bool net_nexthop(int af, const union inet_addr *daddr, union inet_addr *nexthop)
 {
-    uint32_t source;
+    union inet_addr source;
 
-    *nexthop = ifa_source4(daddr, &source) ? daddr : gateway;
-    return *nexthop != 0;
+    memset(nexthop, 0, sizeof(*nexthop));
+    if (ifa_source(af, daddr, &source))
+        *nexthop = *daddr;
+    else if (af == AF_INET)
+        nexthop->in.s_addr = gateway;
+    else
+        return false;
+    return af != AF_INET || nexthop->in.s_addr != 0;
 }
 
 /* A packet, from its IP header on, to wherever `daddr` is reached. Takes it over. */
-int net_output4(struct rte_mbuf *mbuf, uint32_t daddr)
+int net_output(int af, struct rte_mbuf *mbuf, const union inet_addr *daddr)
 {
     uint64_t now = rte_get_timer_cycles();
     struct rte_ether_addr mac;
+    union inet_addr nexthop;
     struct neighbour *n;
-    uint32_t nexthop;
     int err = EDPVS_OK;
     bool known = false;
 
-    if (!started || !net_nexthop4(daddr, &nexthop)) {
+    if (!started || !net_nexthop(af, daddr, &nexthop)) {
         this_stats->no_route++;
         rte_pktmbuf_free(mbuf);
         return EDPVS_NOROUTE;
     }
     rte_spinlock_lock(&neighbour_lock);
-    n = neighbour_of(nexthop);
+    n = neighbour_of(af, &nexthop);
     if (n) {
         known = n->known;
         mac = n->mac;
@@ -238,7 +254,7 @@ int net_output4(struct rte_mbuf *mbuf, uint32_t daddr)
         }
     }
     rte_spinlock_unlock(&neighbour_lock);
-    return known ? xmit_to(mbuf, &mac, RTE_ETHER_TYPE_IPV4) : err;
+    return known ? net_xmit_to(mbuf, &mac, ether_type(af)) : err;
 }
 
 static void echo(struct rte_mbuf *mbuf)
@@ -246,7 +262,7 @@ static void echo(struct rte_mbuf *mbuf)
     struct rte_ipv4_hdr *iph = ip4_hdr(mbuf);
     int offset = ip4_hdrlen(mbuf);
     struct rte_icmp_hdr *icmp = mbuf_header(mbuf, offset, sizeof(*icmp));
-    uint32_t from = iph->src_addr;
+    union inet_addr from = {.in.s_addr = iph->src_addr};
 
     if (iph->next_proto_id != IPPROTO_ICMP || !icmp || icmp->icmp_type != RTE_IP_ICMP_ECHO_REQUEST) {
         this_stats->dropped++;
@@ -254,13 +270,13 @@ static void echo(struct rte_mbuf *mbuf)
         return;
     }
     iph->src_addr = iph->dst_addr;
-    iph->dst_addr = from;
+    iph->dst_addr = from.in.s_addr;
     iph->time_to_live = 64;
     ip4_send_csum(iph);
     icmp->icmp_type = RTE_IP_ICMP_ECHO_REPLY;
     icmp->icmp_cksum = 0;
     icmp->icmp_cksum = (uint16_t)~rte_raw_cksum(icmp, rte_pktmbuf_data_len(mbuf) - (size_t)offset);
-    net_output4(mbuf, from);
+    net_output(AF_INET, mbuf, &from);
 }
 
 static void ip4_input(struct rte_mbuf *mbuf)
@@ -275,16 +291,39 @@ static void ip4_input(struct rte_mbuf *mbuf)
         return;
     }
     rte_pktmbuf_trim(mbuf, (uint16_t)(rte_pktmbuf_data_len(mbuf) - total)); /* Ethernet's padding */
-    switch (dp_vs_in4(mbuf)) {
+    switch (dp_vs_in(AF_INET, mbuf)) {
     case INET_STOLEN:
         break;
-    case INET_ACCEPT:
-        if (ifa_is_local4(ip4_hdr(mbuf)->dst_addr)) {
+    case INET_ACCEPT: {
+        union inet_addr to = {.in.s_addr = ip4_hdr(mbuf)->dst_addr};
+
+        if (ifa_is_local(AF_INET, &to)) {
             echo(mbuf);
             break;
         }
+    }
         /* fallthrough */
     default:
+        this_stats->dropped++;
+        rte_pktmbuf_free(mbuf);
+    }
+}
+
+/* Headers that extend IPv6's own are not understood: what has them is dropped. */
+static void ip6_input(struct rte_mbuf *mbuf, bool host)
+{
+    const struct rte_ipv6_hdr *iph = mbuf_header(mbuf, 0, sizeof(*iph));
+    size_t total = iph ? ntohs(iph->payload_len) + sizeof(*iph) : 0;
+
+    if (!iph || ntohl(iph->vtc_flow) >> 28 != 6 || total > rte_pktmbuf_data_len(mbuf)) {
+        this_stats->dropped++;
+        rte_pktmbuf_free(mbuf);
+        return;
+    }
+    rte_pktmbuf_trim(mbuf, (uint16_t)(rte_pktmbuf_data_len(mbuf) - total));
+    if (iph->proto == IPPROTO_ICMPV6) {
+        ndisc_input(mbuf);
+    } else if (!host || dp_vs_in(AF_INET6, mbuf) != INET_STOLEN) {
         this_stats->dropped++;
         rte_pktmbuf_free(mbuf);
     }
@@ -307,6 +346,9 @@ void net_input(struct rte_mbuf **mbufs, uint16_t count)
         } else if (type == RTE_ETHER_TYPE_IPV4 && host) {
             rte_pktmbuf_adj(mbuf, sizeof(*eth));
             ip4_input(mbuf);
+        } else if (type == RTE_ETHER_TYPE_IPV6 && (host || rte_is_multicast_ether_addr(&eth->dst_addr))) {
+            rte_pktmbuf_adj(mbuf, sizeof(*eth));
+            ip6_input(mbuf, host);
         } else {
             rte_pktmbuf_free(mbuf);
         }

@@ -52,17 +52,17 @@ void dp_vs_service_put(struct dp_vs_service *svc)
         rte_free(svc);
 }
 
-int service_add(int proto, const union inet_addr *vip, uint16_t port, const char *sched)
+int service_add(int af, int proto, const union inet_addr *vip, uint16_t port, const char *sched)
 {
     lcoreid_t cid = (lcoreid_t)rte_lcore_id();
     struct dp_vs_service *svc;
 
-    if (dp_vs_service_lookup(AF_INET, (uint16_t)proto, vip, port, 0, NULL, NULL, cid))
+    if (dp_vs_service_lookup(af, (uint16_t)proto, vip, port, 0, NULL, NULL, cid))
         return EDPVS_EXIST;
     svc = rte_zmalloc("dp_vs_service", sizeof(*svc), RTE_CACHE_LINE_SIZE);
     if (!svc)
         return EDPVS_NOMEM;
-    svc->af = AF_INET;
+    svc->af = af;
     svc->proto = (uint8_t)proto;
     svc->port = port;
     svc->addr = *vip;
@@ -75,7 +75,7 @@ int service_add(int proto, const union inet_addr *vip, uint16_t port, const char
         rte_free(svc);
         return EDPVS_NOTEXIST;
     }
-    list_add(&svc->s_list, bucket_of(AF_INET, (uint16_t)proto, vip, cid));
+    list_add(&svc->s_list, bucket_of(af, (uint16_t)proto, vip, cid));
     svc->flags |= DP_VS_SVC_F_HASHED;
     num_services[cid]++;
     return EDPVS_OK;
@@ -92,10 +92,10 @@ static void dest_unlink(struct dp_vs_service *svc, struct dp_vs_dest *dest, bool
     dp_vs_dest_put(dest, true);
 }
 
-int service_del(int proto, const union inet_addr *vip, uint16_t port)
+int service_del(int af, int proto, const union inet_addr *vip, uint16_t port)
 {
     struct dp_vs_service *svc =
-        dp_vs_service_lookup(AF_INET, (uint16_t)proto, vip, port, 0, NULL, NULL, (lcoreid_t)rte_lcore_id());
+        dp_vs_service_lookup(af, (uint16_t)proto, vip, port, 0, NULL, NULL, (lcoreid_t)rte_lcore_id());
     struct dp_vs_dest *dest, *next;
 
     if (!svc)
@@ -131,10 +131,9 @@ void dp_vs_dest_put(struct dp_vs_dest *dest, bool timerlock __rte_unused)
     rte_free(dest);
 }
 
-int dest_add(struct dp_vs_service *svc, const union inet_addr *addr, uint16_t port, enum dpvs_fwd_mode mode, int weight,
-             bool edit)
+int dest_add(struct dp_vs_service *svc, const struct dest_spec *spec, bool edit)
 {
-    struct dp_vs_dest *dest = dp_vs_dest_lookup(AF_INET, svc, addr, port);
+    struct dp_vs_dest *dest = dp_vs_dest_lookup(spec->af, svc, &spec->addr, spec->port);
 
     if (!dest == edit)
         return edit ? EDPVS_NOTEXIST : EDPVS_EXIST;
@@ -142,9 +141,9 @@ int dest_add(struct dp_vs_service *svc, const union inet_addr *addr, uint16_t po
         dest = rte_zmalloc("dpvs_new_dest", sizeof(*dest), RTE_CACHE_LINE_SIZE);
         if (!dest)
             return EDPVS_NOMEM;
-        dest->af = AF_INET;
-        dest->addr = *addr;
-        dest->port = port;
+        dest->af = spec->af;
+        dest->addr = spec->addr;
+        dest->port = spec->port;
         dest->proto = svc->proto;
         dest->vaddr = svc->addr;
         dest->vport = svc->port;
@@ -154,19 +153,22 @@ int dest_add(struct dp_vs_service *svc, const union inet_addr *addr, uint16_t po
         list_add(&dest->n_list, &svc->dests);
         svc->num_dests++;
     }
-    svc->weight += weight - rte_atomic16_read(&dest->weight);
-    rte_atomic16_set(&dest->weight, (int16_t)weight);
+    svc->weight += spec->weight - rte_atomic16_read(&dest->weight);
+    rte_atomic16_set(&dest->weight, (int16_t)spec->weight);
     rte_atomic16_set(&dest->conn_flags, DPVS_CONN_F_INACTIVE);
-    dest->fwdmode = mode;
+    dest->fwdmode = spec->mode;
     dest->flags |= DPVS_DEST_F_AVAILABLE;
+    if (spec->max_conn == 0 || spec->max_conn > dest->max_conn)
+        dest->flags &= (uint16_t)~DPVS_DEST_F_OVERLOAD;
+    dest->max_conn = on_master() ? spec->max_conn % g_slave_lcore_num : spec->max_conn / g_slave_lcore_num;
     if (svc->scheduler->update_service)
         svc->scheduler->update_service(svc, dest, edit ? DPVS_SO_SET_EDITDEST : DPVS_SO_SET_ADDDEST);
     return EDPVS_OK;
 }
 
-int dest_del(struct dp_vs_service *svc, const union inet_addr *addr, uint16_t port)
+int dest_del(struct dp_vs_service *svc, const struct dest_spec *spec)
 {
-    struct dp_vs_dest *dest = dp_vs_dest_lookup(AF_INET, svc, addr, port);
+    struct dp_vs_dest *dest = dp_vs_dest_lookup(spec->af, svc, &spec->addr, spec->port);
 
     if (!dest)
         return EDPVS_NOTEXIST;

@@ -13,7 +13,7 @@
 #include "twin.h"
 
 enum { OPT_EOL = 0, OPT_NOP = 1, OPT_MSS = 2, OPT_SACK = 5, OPT_TS = 8, OPT_TOA = 254 };
-enum { OLEN_MSS = 4, OLEN_TS = 10, OLEN_TOA4 = 8 };
+enum { OLEN_MSS = 4, OLEN_TS = 10, OLEN_TOA4 = 8, OLEN_TOA6 = 20 };
 
 enum {
     sNO = DPVS_TCP_S_NONE,
@@ -53,18 +53,27 @@ char twin_quiet;
 
 static uint32_t secret;
 
-static struct tcphdr *tcp_header(const struct rte_mbuf *mbuf)
+static struct tcphdr *tcp_header(int af, const struct rte_mbuf *mbuf)
 {
-    int offset = ip4_hdrlen(mbuf);
+    int offset = ip_hdrlen(af, mbuf);
     struct tcphdr *th = mbuf_header(mbuf, offset, sizeof(*th));
 
     return th && th->doff >= 5 ? mbuf_header(mbuf, offset, th->doff * 4) : NULL;
 }
 
-static void tcp_checksum(struct rte_mbuf *mbuf, struct tcphdr *th)
+static void tcp_checksum(int af, struct rte_mbuf *mbuf, struct tcphdr *th)
 {
     th->check = 0;
-    th->check = rte_ipv4_udptcp_cksum(ip4_hdr(mbuf), th);
+    th->check = l4_csum(af, mbuf, th);
+}
+
+/* The packet's length has changed by that much. */
+static void grow(int af, struct rte_mbuf *mbuf, int by)
+{
+    if (af == AF_INET)
+        ip4_hdr(mbuf)->total_length = htons((uint16_t)(ntohs(ip4_hdr(mbuf)->total_length) + by));
+    else
+        ip6_hdr(mbuf)->payload_len = htons((uint16_t)(ntohs(ip6_hdr(mbuf)->payload_len) + by));
 }
 
 static uint32_t moved(uint32_t be, uint32_t by)
@@ -134,30 +143,36 @@ static void blank_timestamps(struct tcphdr *th)
         memset(opt, OPT_NOP, OLEN_TS);
 }
 
+static int toa_length(const struct dp_vs_conn *conn)
+{
+    return conn->af == AF_INET ? OLEN_TOA4 : OLEN_TOA6;
+}
+
 /* Left out, not forced in by pruning other options, when the segment has no room. */
 static void add_toa(const struct dp_vs_conn *conn, struct rte_mbuf *mbuf, struct tcphdr *th)
 {
     uint8_t *options = (uint8_t *)(th + 1), *tail;
     size_t behind = rte_pktmbuf_data_len(mbuf) - (size_t)(options - rte_pktmbuf_mtod(mbuf, uint8_t *));
-    struct rte_ipv4_hdr *iph = ip4_hdr(mbuf);
+    int length = toa_length(conn);
 
-    if (mbuf->pkt_len + OLEN_TOA4 > twin_port->mtu || th->doff * 4 + OLEN_TOA4 > 60)
+    if (mbuf->pkt_len + (unsigned)length > twin_port->mtu || th->doff * 4 + length > 60)
         return;
-    tail = (uint8_t *)rte_pktmbuf_append(mbuf, OLEN_TOA4);
+    tail = (uint8_t *)rte_pktmbuf_append(mbuf, (uint16_t)length);
     if (!tail)
         return;
-    memmove(options + OLEN_TOA4, options, behind);
+    memmove(options + length, options, behind);
     options[0] = OPT_TOA;
-    options[1] = OLEN_TOA4;
+    options[1] = (uint8_t)length;
     memcpy(options + 2, &conn->cport, 2);
-    memcpy(options + 4, &conn->caddr.in, 4);
-    th->doff = (th->doff + OLEN_TOA4 / 4) & 0xf;
-    iph->total_length = htons((uint16_t)(ntohs(iph->total_length) + OLEN_TOA4));
+    memcpy(options + 4, &conn->caddr, (size_t)length - 4);
+    th->doff = (th->doff + length / 4) & 0xf;
+    grow(tuplehash_out(conn).af, mbuf, length);
 }
 
 static int tcp_fnat_in(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn *conn, struct rte_mbuf *mbuf)
 {
-    struct tcphdr *th = tcp_header(mbuf);
+    int af = tuplehash_out(conn).af;
+    struct tcphdr *th = tcp_header(af, mbuf);
 
     if (!th)
         return EDPVS_INVPKT;
@@ -174,7 +189,30 @@ static int tcp_fnat_in(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn
     }
     th->source = conn->lport;
     th->dest = conn->dport;
-    tcp_checksum(mbuf, th);
+    tcp_checksum(af, mbuf, th);
+    return EDPVS_OK;
+}
+
+/* NAT keeps the sequence numbers. */
+static int tcp_nat_in(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn *conn, struct rte_mbuf *mbuf)
+{
+    struct tcphdr *th = tcp_header(conn->af, mbuf);
+
+    if (!th)
+        return EDPVS_INVPKT;
+    th->dest = conn->dport;
+    tcp_checksum(conn->af, mbuf, th);
+    return EDPVS_OK;
+}
+
+static int tcp_nat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn *conn, struct rte_mbuf *mbuf)
+{
+    struct tcphdr *th = tcp_header(conn->af, mbuf);
+
+    if (!th)
+        return EDPVS_INVPKT;
+    th->source = conn->vport;
+    tcp_checksum(conn->af, mbuf, th);
     return EDPVS_OK;
 }
 
@@ -189,13 +227,13 @@ static void save_server_sequence(struct dp_vs_conn *conn, const struct rte_mbuf 
         return;
     if (conn->rs_end_ack && (int32_t)(ntohl(th->ack_seq) - ntohl(conn->rs_end_ack)) < 0)
         return;
-    used = th->syn && th->ack ? 1 : mbuf->pkt_len - (uint32_t)ip4_hdrlen(mbuf) - th->doff * 4u;
+    used = th->syn && th->ack ? 1 : mbuf->pkt_len - (uint32_t)ip_hdrlen(conn->af, mbuf) - th->doff * 4u;
     conn->rs_end_seq = moved(th->seq, used);
     conn->rs_end_ack = th->ack_seq;
 }
 
 /* Room for the TOA in the client's full segments. */
-static void lower_mss(struct tcphdr *th)
+static void lower_mss(struct tcphdr *th, int by)
 {
     uint8_t *opt = find_option(th, OPT_MSS, OLEN_MSS);
     uint16_t mss;
@@ -203,13 +241,14 @@ static void lower_mss(struct tcphdr *th)
     if (!opt)
         return;
     memcpy(&mss, opt + 2, sizeof(mss));
-    mss = htons((uint16_t)(ntohs(mss) - OLEN_TOA4));
+    mss = htons((uint16_t)(ntohs(mss) - by));
     memcpy(opt + 2, &mss, sizeof(mss));
 }
 
 static int tcp_fnat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn *conn, struct rte_mbuf *mbuf)
 {
-    struct tcphdr *th = tcp_header(mbuf);
+    int af = tuplehash_in(conn).af;
+    struct tcphdr *th = tcp_header(af, mbuf);
     uint32_t window;
 
     if (!th)
@@ -220,13 +259,13 @@ static int tcp_fnat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_con
     window = ((uint32_t)ntohs(th->window) << conn->wscale_rs) >> conn->wscale_vs;
     th->window = htons((uint16_t)RTE_MIN(window, 0xffffu));
     if (th->syn && th->ack)
-        lower_mss(th);
+        lower_mss(th, toa_length(conn));
     th->seq = moved(th->seq, conn->syn_proxy_seq.delta);
     th->ack_seq = moved(th->ack_seq, -conn->fnat_seq.delta);
     move_sack(th, -conn->fnat_seq.delta);
     if (th->syn && th->ack)
         conn->fnat_seq.fdata_seq = ntohl(th->seq) + 1;
-    tcp_checksum(mbuf, th);
+    tcp_checksum(af, mbuf, th);
     return EDPVS_OK;
 }
 
@@ -237,18 +276,19 @@ static int tcp_fnat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_con
  * one or not, and resets it when the cookie in it is wrong (ip_vs_synproxy.c). Without a SYN proxy no cookie is right. The
  * reset is the segment itself, without its data, sent back the way it came.
  */
-static int reset_ack(struct rte_mbuf *mbuf)
+static int reset_ack(int af, struct rte_mbuf *mbuf)
 {
-    struct rte_ipv4_hdr *iph = ip4_hdr(mbuf);
-    struct tcphdr *th = tcp_header(mbuf);
+    struct tcphdr *th = tcp_header(af, mbuf);
     struct rte_ether_hdr *eth;
     struct rte_ether_addr mac;
-    uint32_t payload, acked, address;
+    uint32_t payload, acked;
+    uint8_t *from, *to, address[16];
+    size_t length = af == AF_INET ? 4 : 16;
     uint16_t port;
 
     if (!th || mbuf->l2_len != sizeof(*eth))
         return INET_DROP;
-    payload = mbuf->pkt_len - (uint32_t)ip4_hdrlen(mbuf) - th->doff * 4u;
+    payload = mbuf->pkt_len - (uint32_t)ip_hdrlen(af, mbuf) - th->doff * 4u;
     if (rte_pktmbuf_trim(mbuf, (uint16_t)payload) != 0)
         return INET_DROP;
 
@@ -262,14 +302,20 @@ static int reset_ack(struct rte_mbuf *mbuf)
     th->rst = 1;
     th->window = 0;
 
-    address = iph->src_addr;
-    iph->src_addr = iph->dst_addr;
-    iph->dst_addr = address;
-    iph->total_length = htons((uint16_t)(ntohs(iph->total_length) - payload));
-    iph->type_of_service = 0;
-    iph->time_to_live = 63;
-    tcp_checksum(mbuf, th);
-    ip4_send_csum(iph);
+    from = af == AF_INET ? (uint8_t *)&ip4_hdr(mbuf)->src_addr : (uint8_t *)&ip6_hdr(mbuf)->src_addr;
+    to = af == AF_INET ? (uint8_t *)&ip4_hdr(mbuf)->dst_addr : (uint8_t *)&ip6_hdr(mbuf)->dst_addr;
+    memcpy(address, from, length);
+    memcpy(from, to, length);
+    memcpy(to, address, length);
+    grow(af, mbuf, -(int)payload);
+    tcp_checksum(af, mbuf, th);
+    if (af == AF_INET) {
+        ip4_hdr(mbuf)->type_of_service = 0;
+        ip4_hdr(mbuf)->time_to_live = 63;
+        ip4_send_csum(ip4_hdr(mbuf));
+    } else {
+        ip6_hdr(mbuf)->hop_limits = 63;
+    }
 
     eth = (struct rte_ether_hdr *)rte_pktmbuf_prepend(mbuf, sizeof(*eth)); /* it is still there */
     if (!eth)
@@ -294,7 +340,7 @@ static int tcp_conn_sched(struct dp_vs_proto *proto __rte_unused, const struct d
     *verdict = INET_ACCEPT;
     svc = dp_vs_service_lookup(iph->af, iph->proto, &iph->daddr, th->dest, 0, mbuf, NULL, (lcoreid_t)rte_lcore_id());
     if (svc && th->ack && !th->syn && !th->fin && !th->rst) {
-        *verdict = reset_ack(mbuf);
+        *verdict = reset_ack(iph->af, mbuf);
         return EDPVS_PKTSTOLEN;
     }
     if (!th->syn || th->ack || th->fin || th->rst)
@@ -336,7 +382,8 @@ void tcp_mark_established(struct dp_vs_conn *conn)
 
 static int tcp_state_trans(struct dp_vs_proto *proto, struct dp_vs_conn *conn, struct rte_mbuf *mbuf, int dir)
 {
-    const struct tcphdr *th = mbuf_header(mbuf, ip4_hdrlen(mbuf), sizeof(*th));
+    int af = dir == DPVS_CONN_DIR_INBOUND ? tuplehash_in(conn).af : tuplehash_out(conn).af;
+    const struct tcphdr *th = mbuf_header(mbuf, ip_hdrlen(af, mbuf), sizeof(*th));
     enum dpvs_fwd_mode mode = conn->dest->fwdmode;
     int seen = dir == DPVS_CONN_DIR_INBOUND ? SEEN_INBOUND : SEEN_OUTBOUND;
     uint16_t state = DPVS_TCP_S_CLOSE;
@@ -357,34 +404,57 @@ static int tcp_state_trans(struct dp_vs_proto *proto, struct dp_vs_conn *conn, s
     return EDPVS_OK;
 }
 
+/* An IP header with addresses for a TCP header alone. */
+static bool put_ip_header(int af, struct rte_mbuf *mbuf, const union inet_addr *from, const union inet_addr *to)
+{
+    size_t length = af == AF_INET ? sizeof(struct rte_ipv4_hdr) : sizeof(struct rte_ipv6_hdr);
+    void *header = rte_pktmbuf_prepend(mbuf, (uint16_t)length);
+
+    if (!header)
+        return false;
+    memset(header, 0, length);
+    if (af == AF_INET) {
+        struct rte_ipv4_hdr *iph = header;
+
+        iph->version_ihl = 0x45;
+        iph->total_length = htons((uint16_t)mbuf->pkt_len);
+        iph->fragment_offset = htons(RTE_IPV4_HDR_DF_FLAG);
+        iph->time_to_live = 64;
+        iph->next_proto_id = IPPROTO_TCP;
+        iph->src_addr = from->in.s_addr;
+        iph->dst_addr = to->in.s_addr;
+    } else {
+        struct rte_ipv6_hdr *iph = header;
+
+        iph->vtc_flow = htonl(6u << 28);
+        iph->payload_len = htons((uint16_t)(mbuf->pkt_len - length));
+        iph->proto = IPPROTO_TCP;
+        iph->hop_limits = 64;
+        memcpy(&iph->src_addr, from, 16);
+        memcpy(&iph->dst_addr, to, 16);
+    }
+    return true;
+}
+
 /* Resets are packets as the other side would have sent them, put through the session's own translation. */
 static int send_reset(struct dp_vs_proto *proto, struct dp_vs_conn *conn, int dir)
 {
     bool inbound = dir == DPVS_CONN_DIR_INBOUND;
-    struct rte_ipv4_hdr *iph;
     struct rte_mbuf *mbuf;
     struct tcphdr *th;
 
-    if (conn->state != DPVS_TCP_S_ESTABLISHED || tuplehash_in(conn).af != AF_INET || !twin_port->mbuf_pool)
+    if (conn->state != DPVS_TCP_S_ESTABLISHED || !twin_port->mbuf_pool)
         return EDPVS_OK;
     mbuf = rte_pktmbuf_alloc(twin_port->mbuf_pool);
     if (!mbuf)
         return EDPVS_NOMEM;
-    iph = (struct rte_ipv4_hdr *)rte_pktmbuf_append(mbuf, sizeof(*iph) + sizeof(*th));
-    if (!iph) {
+    mbuf->l2_len = 0; /* no Ethernet header to learn addresses from */
+    th = (struct tcphdr *)rte_pktmbuf_append(mbuf, sizeof(*th));
+    if (!th) {
         rte_pktmbuf_free(mbuf);
         return EDPVS_NOROOM;
     }
-    memset(iph, 0, sizeof(*iph) + sizeof(*th));
-    th = (struct tcphdr *)(iph + 1);
-    mbuf->l2_len = 0; /* no Ethernet header to learn addresses from */
-    iph->version_ihl = 0x45;
-    iph->total_length = htons(sizeof(*iph) + sizeof(*th));
-    iph->fragment_offset = htons(RTE_IPV4_HDR_DF_FLAG);
-    iph->time_to_live = 64;
-    iph->next_proto_id = IPPROTO_TCP;
-    iph->src_addr = inbound ? conn->caddr.in.s_addr : conn->daddr.in.s_addr;
-    iph->dst_addr = inbound ? conn->vaddr.in.s_addr : conn->laddr.in.s_addr;
+    memset(th, 0, sizeof(*th));
     th->source = inbound ? conn->cport : conn->dport;
     th->dest = inbound ? conn->vport : conn->lport;
     th->seq = conn->rs_end_seq;
@@ -394,6 +464,11 @@ static int send_reset(struct dp_vs_proto *proto, struct dp_vs_conn *conn, int di
     }
     th->doff = sizeof(*th) / 4;
     th->rst = 1;
+    if (!put_ip_header(inbound ? tuplehash_in(conn).af : tuplehash_out(conn).af, mbuf,
+                       inbound ? &conn->caddr : &conn->daddr, inbound ? &conn->vaddr : &conn->laddr)) {
+        rte_pktmbuf_free(mbuf);
+        return EDPVS_NOROOM;
+    }
     this_stats->resets++;
     return inbound ? conn->packet_xmit(proto, conn, mbuf) : conn->packet_out_xmit(proto, conn, mbuf);
 }
@@ -432,6 +507,8 @@ struct dp_vs_proto dp_vs_proto_tcp = {
     .conn_lookup = tcp_conn_lookup,
     .conn_expire = tcp_conn_expire,
     .conn_expire_quiescent = tcp_expire_quiescent,
+    .nat_in_handler = tcp_nat_in,
+    .nat_out_handler = tcp_nat_out,
     .fnat_in_handler = tcp_fnat_in,
     .fnat_out_handler = tcp_fnat_out,
     .state_trans = tcp_state_trans,

@@ -94,6 +94,22 @@ static inline int ip4_hdrlen(const struct rte_mbuf *mbuf)
     return (ip4_hdr(mbuf)->version_ihl & 0xf) * 4;
 }
 
+static inline struct rte_ipv6_hdr *ip6_hdr(const struct rte_mbuf *mbuf)
+{
+    return rte_pktmbuf_mtod(mbuf, struct rte_ipv6_hdr *);
+}
+
+/* Of the packet's IP header; IPv6 comes without extensions (net.c). */
+static inline int ip_hdrlen(int af, const struct rte_mbuf *mbuf)
+{
+    return af == AF_INET ? ip4_hdrlen(mbuf) : (int)sizeof(struct rte_ipv6_hdr);
+}
+
+static inline uint16_t ether_type(int af)
+{
+    return af == AF_INET ? RTE_ETHER_TYPE_IPV4 : RTE_ETHER_TYPE_IPV6;
+}
+
 static inline void ip4_send_csum(struct rte_ipv4_hdr *iph)
 {
     iph->hdr_checksum = 0;
@@ -106,6 +122,12 @@ static inline void *mbuf_header(const struct rte_mbuf *mbuf, int offset, int len
     if (offset < 0 || offset + len > (int)rte_pktmbuf_data_len(mbuf))
         return NULL;
     return rte_pktmbuf_mtod_offset(mbuf, void *, offset);
+}
+
+/* The checksum of a TCP or UDP header and what follows, with the field itself 0. */
+static inline uint16_t l4_csum(int af, const struct rte_mbuf *mbuf, const void *l4)
+{
+    return af == AF_INET ? rte_ipv4_udptcp_cksum(ip4_hdr(mbuf), l4) : rte_ipv6_udptcp_cksum(ip6_hdr(mbuf), l4);
 }
 
 /* scheduler.c */
@@ -131,17 +153,23 @@ int net_init(void);
 int net_start(void);
 void net_stop(void);
 int net_xmit(struct rte_mbuf *mbuf);
-int net_output4(struct rte_mbuf *mbuf, uint32_t daddr);
-bool net_nexthop4(uint32_t daddr, uint32_t *nexthop);
+int net_xmit_to(struct rte_mbuf *mbuf, const struct rte_ether_addr *mac, uint16_t type);
+int net_output(int af, struct rte_mbuf *mbuf, const union inet_addr *daddr);
+bool net_nexthop(int af, const union inet_addr *daddr, union inet_addr *nexthop);
+void net_heard(int af, const union inet_addr *addr, const struct rte_ether_addr *mac);
 void net_input(struct rte_mbuf **mbufs, uint16_t count);
 void net_set_gateway(uint32_t gateway);
+
+/* ndisc.c */
+void ndisc_ask(const union inet_addr *source, const union inet_addr *target);
+void ndisc_input(struct rte_mbuf *mbuf);
 
 /* inetaddr.c */
 int inetaddr_init(void);
 int ifa_add(int af, const union inet_addr *addr, uint8_t plen, uint32_t flags);
 int ifa_del(int af, const union inet_addr *addr, uint8_t plen);
-bool ifa_is_local4(uint32_t addr);
-bool ifa_source4(uint32_t daddr, uint32_t *source);
+bool ifa_is_local(int af, const union inet_addr *addr);
+bool ifa_source(int af, const union inet_addr *daddr, union inet_addr *source);
 void ifa_json(FILE *out);
 
 /* conn.c, conn_ctrl.c */
@@ -172,7 +200,7 @@ extern struct dp_vs_proto dp_vs_proto_tcp;
 extern struct dp_vs_proto dp_vs_proto_udp;
 struct dp_vs_conn *proto_lookup(const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf, int *direct, bool reverse,
                                 lcoreid_t *peer_cid);
-int dp_vs_in4(struct rte_mbuf *mbuf);
+int dp_vs_in(int af, struct rte_mbuf *mbuf);
 struct dp_vs_conn *dp_vs_schedule(struct dp_vs_service *svc, const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf,
                                   bool is_synproxy_on);
 void tcp_mark_established(struct dp_vs_conn *conn);
@@ -182,11 +210,19 @@ extern char twin_quiet; /* conn->prot_data == &twin_quiet: a synthetic session, 
 struct dp_vs_scheduler *dp_vs_scheduler_get(const char *name);
 struct list_head *dp_vs_sched_first_dest(const struct dp_vs_service *svc);
 int service_init(void);
-int service_add(int proto, const union inet_addr *vip, uint16_t port, const char *sched);
-int service_del(int proto, const union inet_addr *vip, uint16_t port);
-int dest_add(struct dp_vs_service *svc, const union inet_addr *addr, uint16_t port, enum dpvs_fwd_mode mode, int weight,
-             bool edit);
-int dest_del(struct dp_vs_service *svc, const union inet_addr *addr, uint16_t port);
+struct dest_spec {
+    int af;
+    union inet_addr addr;
+    uint16_t port;
+    enum dpvs_fwd_mode mode;
+    int weight;
+    uint32_t max_conn; /* of all workers together */
+};
+
+int service_add(int af, int proto, const union inet_addr *vip, uint16_t port, const char *sched);
+int service_del(int af, int proto, const union inet_addr *vip, uint16_t port);
+int dest_add(struct dp_vs_service *svc, const struct dest_spec *spec, bool edit);
+int dest_del(struct dp_vs_service *svc, const struct dest_spec *spec);
 struct dp_vs_service *service_first(int proto, enum dpvs_fwd_mode mode);
 void service_json(FILE *out);
 

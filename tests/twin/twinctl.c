@@ -37,15 +37,15 @@ enum op {
 
 struct command {
     enum op op;
+    int af; /* of the service, or of the address where there is none */
     int proto;
     union inet_addr vip;
     uint16_t vport;
+    struct dest_spec dest;
+    int addr_af;
     union inet_addr addr;
-    uint16_t port;
     uint8_t plen;
     uint32_t flags;
-    enum dpvs_fwd_mode mode;
-    int weight;
     char sched[16];
     uint64_t count;
     uint64_t rate;
@@ -58,7 +58,7 @@ static int server = -1;
 
 static struct dp_vs_service *service_of(const struct command *c)
 {
-    return dp_vs_service_lookup(AF_INET, (uint16_t)c->proto, &c->vip, c->vport, 0, NULL, NULL,
+    return dp_vs_service_lookup(c->af, (uint16_t)c->proto, &c->vip, c->vport, 0, NULL, NULL,
                                 (lcoreid_t)rte_lcore_id());
 }
 
@@ -72,16 +72,16 @@ static int on_service(const struct command *c)
     switch (c->op) {
     case DEST_ADD:
     case DEST_EDIT:
-        return dest_add(svc, &c->addr, c->port, c->mode, c->weight, c->op == DEST_EDIT);
+        return dest_add(svc, &c->dest, c->op == DEST_EDIT);
     case DEST_DEL:
-        return dest_del(svc, &c->addr, c->port);
+        return dest_del(svc, &c->dest);
     case LADDR_ADD: /* an address of the port as well, with local ports, as ipvsadm --add-laddr makes it */
-        err = ifa_add(AF_INET, &c->addr, 32, IFA_F_SAPOOL);
+        err = ifa_add(c->addr_af, &c->addr, c->addr_af == AF_INET ? 32 : 128, IFA_F_SAPOOL);
         if (err != EDPVS_OK && err != EDPVS_EXIST)
             return err;
-        return dp_vs_laddr_add(svc, AF_INET, &c->addr, twin_port->name);
+        return dp_vs_laddr_add(svc, c->addr_af, &c->addr, twin_port->name);
     case LADDR_DEL:
-        return dp_vs_laddr_del(svc, AF_INET, &c->addr);
+        return dp_vs_laddr_del(svc, c->addr_af, &c->addr);
     default: /* TIMEOUT */
         svc->conn_timeout = c->number;
         return EDPVS_OK;
@@ -92,13 +92,13 @@ static int apply(const struct command *c)
 {
     switch (c->op) {
     case ADDR_ADD:
-        return ifa_add(AF_INET, &c->addr, c->plen, c->flags);
+        return ifa_add(c->addr_af, &c->addr, c->plen, c->flags);
     case ADDR_DEL:
-        return ifa_del(AF_INET, &c->addr, c->plen);
+        return ifa_del(c->addr_af, &c->addr, c->plen);
     case SERVICE_ADD:
-        return service_add(c->proto, &c->vip, c->vport, c->sched);
+        return service_add(c->af, c->proto, &c->vip, c->vport, c->sched);
     case SERVICE_DEL:
-        return service_del(c->proto, &c->vip, c->vport);
+        return service_del(c->af, c->proto, &c->vip, c->vport);
     case SYNTHESIZE:
         return on_master() ? EDPVS_OK : synthesize_start(c->count, c->rate, c->number, 0);
     case FLUSH:
@@ -236,27 +236,33 @@ static int stats(FILE *out)
 
 /* Parsing: every function answers whether it understood. */
 
-static bool parse_addr(const char *text, union inet_addr *addr)
+static bool parse_addr(const char *text, int *af, union inet_addr *addr)
 {
     memset(addr, 0, sizeof(*addr));
-    return inet_pton(AF_INET, text, &addr->in) == 1;
+    *af = strchr(text, ':') ? AF_INET6 : AF_INET;
+    return inet_pton(*af, text, addr) == 1;
 }
 
-static bool parse_addr_port(const char *text, union inet_addr *addr, uint16_t *port)
+/* 10.0.0.1:80, [fd00::1]:80 */
+static bool parse_addr_port(const char *text, int *af, union inet_addr *addr, uint16_t *port)
 {
-    char copy[64];
-    char *colon;
+    char copy[64], *host = copy, *end;
 
     snprintf(copy, sizeof(copy), "%s", text);
-    colon = strchr(copy, ':');
-    if (!colon)
+    if (*copy == '[') {
+        host = copy + 1;
+        end = strstr(copy, "]:");
+    } else {
+        end = strchr(copy, ':');
+    }
+    if (!end)
         return false;
-    *colon = '\0';
-    *port = htons((uint16_t)atoi(colon + 1));
-    return parse_addr(copy, addr);
+    *port = htons((uint16_t)atoi(end + (*end == ']' ? 2 : 1)));
+    *end = '\0';
+    return parse_addr(host, af, addr) && (*af == AF_INET6) == (host != copy);
 }
 
-static bool parse_prefix(const char *text, union inet_addr *addr, uint8_t *plen)
+static bool parse_prefix(const char *text, int *af, union inet_addr *addr, uint8_t *plen)
 {
     char copy[64];
     char *slash;
@@ -268,7 +274,7 @@ static bool parse_prefix(const char *text, union inet_addr *addr, uint8_t *plen)
         *slash = '\0';
         *plen = (uint8_t)atoi(slash + 1);
     }
-    return *plen <= 32 && parse_addr(copy, addr);
+    return parse_addr(copy, af, addr) && *plen <= (*af == AF_INET ? 32 : 128);
 }
 
 static bool parse_proto(const char *text, int *proto)
@@ -334,13 +340,13 @@ static bool parse_pair(char **words, int n, struct command *c)
     c->op = verbs[i].op;
     if (c->op == ADDR_ADD || c->op == ADDR_DEL) {
         c->flags = has_word("sapool", words, n) ? IFA_F_SAPOOL : 0;
-        if (!parse_prefix(words[2], &c->addr, &c->plen))
+        if (!parse_prefix(words[2], &c->addr_af, &c->addr, &c->plen))
             return false;
         if (c->op == ADDR_ADD && c->plen == 0)
-            c->plen = 32;
+            c->plen = c->addr_af == AF_INET ? 32 : 128;
         return true;
     }
-    if (!parse_proto(words[2], &c->proto) || !parse_addr_port(words[3], &c->vip, &c->vport))
+    if (!parse_proto(words[2], &c->proto) || !parse_addr_port(words[3], &c->af, &c->vip, &c->vport))
         return false;
     switch (c->op) {
     case SERVICE_ADD:
@@ -351,13 +357,15 @@ static bool parse_pair(char **words, int n, struct command *c)
         return true;
     case DEST_ADD:
     case DEST_EDIT:
-        c->weight = atoi(value_of("weight", words, n, "1"));
-        return parse_addr_port(words[4], &c->addr, &c->port) && parse_mode(words[5], &c->mode);
+        c->dest.weight = atoi(value_of("weight", words, n, "1"));
+        c->dest.max_conn = (uint32_t)strtoul(value_of("max_conn", words, n, "0"), NULL, 10);
+        return parse_addr_port(words[4], &c->dest.af, &c->dest.addr, &c->dest.port) &&
+               parse_mode(words[5], &c->dest.mode);
     case DEST_DEL:
-        return parse_addr_port(words[4], &c->addr, &c->port);
+        return parse_addr_port(words[4], &c->dest.af, &c->dest.addr, &c->dest.port);
     case LADDR_ADD:
     case LADDR_DEL:
-        return parse_addr(words[4], &c->addr);
+        return parse_addr(words[4], &c->addr_af, &c->addr);
     default:
         return true;
     }
@@ -398,7 +406,7 @@ static int run(char *line, FILE *out)
     char *words[MAX_WORDS], *save = NULL;
     struct command c;
     union inet_addr gw;
-    int n = 0;
+    int n = 0, af;
 
     memset(&c, 0, sizeof(c));
     for (char *w = strtok_r(line, " \t\r\n", &save); w && n < MAX_WORDS; w = strtok_r(NULL, " \t\r\n", &save))
@@ -415,7 +423,7 @@ static int run(char *line, FILE *out)
         twin_set_poll(!strcmp(words[1], "on"));
         return finish(out, EDPVS_OK);
     }
-    if (!strcmp(words[0], "gateway") && n == 2 && parse_addr(words[1], &gw)) {
+    if (!strcmp(words[0], "gateway") && n == 2 && parse_addr(words[1], &af, &gw) && af == AF_INET) {
         net_set_gateway(gw.in.s_addr);
         return finish(out, EDPVS_OK);
     }

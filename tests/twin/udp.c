@@ -30,27 +30,38 @@ static struct dp_vs_conn *udp_conn_lookup(struct dp_vs_proto *proto __rte_unused
     return proto_lookup(iph, mbuf, direct, reverse, peer_cid);
 }
 
-static int rewrite(struct rte_mbuf *mbuf, uint16_t sport, uint16_t dport)
+/* Ports that are 0 stay. */
+static int rewrite(int af, struct rte_mbuf *mbuf, uint16_t sport, uint16_t dport)
 {
-    struct rte_udp_hdr *uh = mbuf_header(mbuf, ip4_hdrlen(mbuf), sizeof(*uh));
+    struct rte_udp_hdr *uh = mbuf_header(mbuf, ip_hdrlen(af, mbuf), sizeof(*uh));
 
     if (!uh)
         return EDPVS_INVPKT;
-    uh->src_port = sport;
-    uh->dst_port = dport;
+    uh->src_port = sport ? sport : uh->src_port;
+    uh->dst_port = dport ? dport : uh->dst_port;
     uh->dgram_cksum = 0;
-    uh->dgram_cksum = rte_ipv4_udptcp_cksum(ip4_hdr(mbuf), uh);
+    uh->dgram_cksum = l4_csum(af, mbuf, uh);
     return EDPVS_OK;
 }
 
 static int udp_fnat_in(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn *conn, struct rte_mbuf *mbuf)
 {
-    return rewrite(mbuf, conn->lport, conn->dport);
+    return rewrite(tuplehash_out(conn).af, mbuf, conn->lport, conn->dport);
 }
 
 static int udp_fnat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn *conn, struct rte_mbuf *mbuf)
 {
-    return rewrite(mbuf, conn->vport, conn->cport);
+    return rewrite(tuplehash_in(conn).af, mbuf, conn->vport, conn->cport);
+}
+
+static int udp_nat_in(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn *conn, struct rte_mbuf *mbuf)
+{
+    return rewrite(conn->af, mbuf, 0, conn->dport);
+}
+
+static int udp_nat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn *conn, struct rte_mbuf *mbuf)
+{
+    return rewrite(conn->af, mbuf, conn->vport, 0);
 }
 
 /* The INACTIVE flag stays on: a UDP session counts in inactconns all its life. */
@@ -78,6 +89,8 @@ struct dp_vs_proto dp_vs_proto_udp = {
     .conn_sched = udp_conn_sched,
     .conn_lookup = udp_conn_lookup,
     .conn_expire_quiescent = udp_expire_quiescent,
+    .nat_in_handler = udp_nat_in,
+    .nat_out_handler = udp_nat_out,
     .fnat_in_handler = udp_fnat_in,
     .fnat_out_handler = udp_fnat_out,
     .state_trans = udp_state_trans,

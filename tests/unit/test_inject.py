@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from collector.record import (
     AF_INET6,
     CLOSE,
+    DR,
     ESTABLISHED,
     FIN_WAIT,
     FNAT,
+    NAT,
     RECORD,
     SNAT,
     SYN_RECV,
     TCP,
     TIME_WAIT,
+    TUNNEL,
     UDP,
     Records,
     Slots,
@@ -29,7 +32,7 @@ from collector.record import (
 from probes.agent.abi import MAX_RECORDS, MAX_REQUESTS, Code, RecordOp
 from probes.agent.client import AgentBusy, AgentRefused
 from probes.errors import DpvsProbeError
-from replicator.inject import MIN_COPY_TIMEOUT_MS, Injector
+from replicator.inject import MIN_COPY_TIMEOUT_MS, Injector, injectable
 
 SLOTS = 64
 SECOND = 1_000_000_000
@@ -118,9 +121,11 @@ class FakeAgent:
         if client in self.foreign:
             return Code.FOREIGN
         have = self.sessions.get(client)
-        if op == RecordOp.DELETE:
+        if op != RecordOp.UPSERT:
             if have is None or have[0] != local:
                 return Code.ABSENT
+            if op == RecordOp.CHECK:
+                return Code.LIVE if client in self.live else Code.WAITING
             if client in self.live:
                 return Code.LIVE
             del self.sessions[client]
@@ -189,13 +194,42 @@ def test_udp_once_a_packet_was_seen(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("fwdmode", SNAT), ("fwdmode", 255), ("af", AF_INET6), ("af_out", AF_INET6), ("proto", 132)]
+    ("field", "value"), [("fwdmode", SNAT), ("fwdmode", 255), ("af", 1), ("af_out", AF_INET6), ("proto", 132)]
 )
 def test_what_no_agent_takes_is_not_sent(world: World, field: str, value: int) -> None:
     world.replica.put(3, 1000, 2000)
     world.replica.records[field][3] = value
     world.run()
     assert world.agent.log == []
+
+
+@pytest.mark.parametrize("mode", [FNAT, DR, NAT, TUNNEL])
+@pytest.mark.parametrize("families", [(2, 2), (10, 10), (10, 2), (2, 10)])
+def test_the_modes_and_families_that_dpvs_carries(mode: int, families: tuple[int, int]) -> None:
+    records = np.zeros(1, RECORD)
+    records["af"], records["af_out"] = families
+    records["proto"], records["state"], records["fwdmode"] = TCP, ESTABLISHED, mode
+    wanted = families in ((2, 2), (10, 10)) or (families == (10, 2) and mode in (FNAT, TUNNEL))
+    assert injectable(records).tolist() == [wanted]
+
+
+def test_without_its_owner_what_may_stand_on_several_workers_is_looked_at(world: World) -> None:
+    world.replica.put(3, 1000, 2000)
+    world.replica.put(4, 1001, 1001)
+    world.replica.records["fwdmode"][4] = DR
+    world.run()
+    world.replica.link_up = False
+    world.agent.log.clear()
+    world.run(ticks=12, step_ns=SECOND)
+    assert set(world.agent.log) == {(RecordOp.CHECK, 1001)}
+    assert world.injector.codes(world.replica)[4] == Code.WAITING
+    world.agent.live.add(1001)
+    world.run(ticks=12, step_ns=SECOND)
+    assert world.injector.codes(world.replica)[4] == Code.LIVE
+    assert world.injector.installed() == 2
+    del world.agent.sessions[1001]
+    world.run(ticks=12, step_ns=SECOND)
+    assert world.injector.installed() == 1
 
 
 def test_a_copy_goes_when_its_connection_closes_and_comes_back_when_the_port_is_used_again(world: World) -> None:
