@@ -23,29 +23,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .record import (
-    AF_INET,
-    AF_INET6,
-    HASHED,
-    INJECTED,
-    NONE,
-    ONE_PACKET,
-    SYN_RECV,
-    SYN_SENT,
-    SYNACK,
-    TCP,
-    UNKNOWN_WORKER,
-    Bools,
-    Records,
-    Slots,
-    Words,
-    from_conns,
-    pick,
-)
-from .table import BLOCK, NO_SLOTS, Applied, Bytes, SessionTable, Times
-
-CREATE, FREE = 1, 2  # EVENT kind
-NOTHING = Applied(NO_SLOTS, NO_SLOTS, NO_SLOTS)
+from . import notes
+from .conns import as_words, conversion
+from .record import UNKNOWN_WORKER, Bools, Records, Slots, Words
+from .rows import Looks
+from .table import BLOCK, NO_SLOTS, NOTHING, Applied, Bytes, SessionTable, Times, joined
 
 SPARSE = 16  # a slice with less than one session in so many slots is read without comparing
 THOROUGH_BLOCK = 512  # neighbours that are read whole on the same walk
@@ -58,6 +40,10 @@ _COUNTERS = (
     "reads", "reads_torn", "created", "updated", "deleted", "renewed_by_event", "found_by_scan",
     "one_packet", "never_hashed", "malformed", "scan_passes", "scan_late",
 )  # fmt: skip
+
+
+_HEARD = ("events_created", "events_freed", "events_unknown_slot")
+_LOOKS = ("malformed", "one_packet", "never_hashed", "renewed_by_event")
 
 
 class Pool(Protocol):
@@ -115,14 +101,6 @@ class Settings:
 class Collector:
     """Keeps ``table`` equal to the sessions of one process. One thread; ``tick`` and ``scan`` called in turn."""
 
-    # Notes on a slot, between two looks at it.
-    _WATCHED = 1  # in the watch list
-    _HEARD = 2  # an event of this tick named it
-    _CHANGED = 4  # an event later than the row's birth: the row's session has ended
-    _AWAITED = 8  # the last event was a creation: it will be hashed soon
-    _DOUBTED = 16  # seemed gone at the last look, without an event
-    _COPY = 32  # held a copy of ours when last read
-
     def __init__(
         self,
         pool: Pool,
@@ -149,8 +127,12 @@ class Collector:
         self._since_ns: Times = np.zeros(slots, np.int64)  # first event not acted on yet; 0 without one
         self._until_ns: Times = np.zeros(slots, np.int64)  # a young session is looked at each tick until then
         self._lcore: Bytes = np.full(slots, UNKNOWN_WORKER, np.uint8)  # from a creation not acted on yet
+        self._conversion = conversion(pool.read(NO_SLOTS)[0].dtype, self._modes)
+        self._conversion.into(table.row)
+        self._looks = Looks(
+            table.rows_, self._conversion, self._notes, self._since_ns, self._until_ns, self._lcore
+        )  # fmt: skip
         self._watch: Slots = NO_SLOTS  # slots with _WATCHED, each once, longest not looked at first
-        self._order = np.zeros(slots, np.int32)  # scratch to find the last mention of a slot
         self._prints = np.zeros(slots, np.uint32)  # of the words that the last scan saw; 0 after any other look
         self._weights = (np.arange(1, 9, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
         self._cursor = 0
@@ -177,15 +159,15 @@ class Collector:
         self._count_lost()
         waiting = self._watch
         if len(heard):
-            waiting = waiting[(self._notes[waiting] & self._HEARD) == 0]
-            self._notes[heard] &= np.uint8(0xFF ^ self._HEARD)
+            waiting = waiting[(self._notes[waiting] & notes.HEARD) == 0]
+            self._notes[heard] &= np.uint8(0xFF ^ notes.HEARD)
         room = self.settings.young_each_tick
         slots = np.concatenate((heard, waiting[:room]))
         if len(slots) == 0:
             return NOTHING
         applied, keep = self._look(slots, now_ns)
-        self._notes[slots] &= np.uint8(0xFF ^ self._WATCHED)
-        self._notes[keep] |= np.uint8(self._WATCHED)
+        self._notes[slots] &= np.uint8(0xFF ^ notes.WATCHED)
+        self._notes[keep] |= np.uint8(notes.WATCHED)
         self._watch = np.concatenate((waiting[room:], keep))
         return applied
 
@@ -241,8 +223,8 @@ class Collector:
             applied, keep = self._look(slots, now_ns)
             # What this look left open is on the watch list, so the words need not be seen to differ once more.
             self._prints[slots] = prints
-            keep = keep[(self._notes[keep] & self._WATCHED) == 0]
-            self._notes[keep] |= np.uint8(self._WATCHED)
+            keep = keep[(self._notes[keep] & notes.WATCHED) == 0]
+            self._notes[keep] |= np.uint8(notes.WATCHED)
             self._watch = np.concatenate((self._watch, keep))
             self.counters["found_by_scan"] += len(applied.created)
         if self._hurry:
@@ -256,7 +238,7 @@ class Collector:
         """Which slots from ``first`` to before ``end`` may hold something else than the table says."""
         part = slice(first, end)
         slots = np.arange(first, end)
-        used: Bools = self._pool.live(slots) | self.table.present[part] | ((self._notes[part] & self._COPY) != 0)
+        used: Bools = self._pool.live(slots) | self.table.present[part] | ((self._notes[part] & notes.COPY) != 0)
         if int(np.count_nonzero(used)) * SPARSE < end - first:
             self._prints[part] = 0
             return used  # so few that reading them costs less than comparing all
@@ -276,36 +258,13 @@ class Collector:
         if len(events) == 0:
             return NO_SLOTS
         slots = self._pool.slot_of(events["conn"])
-        inside = slots >= 0
-        self.counters["events"] += len(events)
-        if not inside.all():
-            self.counters["events_unknown_slot"] += int(np.count_nonzero(~inside))
-            slots, events = slots[inside], events[inside]
-        times = events["time_ns"].astype(np.int64)
-        created = events["kind"] == CREATE
-        self.counters["events_created"] += int(np.count_nonzero(created))
-        self.counters["events_freed"] += int(np.count_nonzero(~created))
-        later = times > self.table.born_ns[slots]
-
-        # Assigning to a slot that stands several times in an index leaves the last one's value.
-        ordinals = np.arange(len(slots), dtype=np.int32)
-        self._order[slots] = ordinals
-        last = self._order[slots] == ordinals
-        unset = self._since_ns[slots] == 0
-        self._since_ns[slots[unset][::-1]] = times[unset][::-1]
-        self._lcore[slots[created]] = self._lcores_of(events["tid"][created])
-        self._notes[slots[later]] |= np.uint8(self._CHANGED)
-        heard: Slots = slots[last]
-        notes = self._notes[heard] & np.uint8(0xFF ^ self._AWAITED)
-        notes[(created & later)[last]] |= np.uint8(self._AWAITED)
-        self._notes[heard] = notes | np.uint8(self._HEARD)
-        return heard
-
-    def _lcores_of(self, tids: npt.NDArray[np.uint32]) -> Bytes:
-        if len(self._tids) == 0:
-            return np.full(len(tids), UNKNOWN_WORKER, np.uint8)
-        at = np.minimum(np.searchsorted(self._tids, tids), len(self._tids) - 1)
-        return np.where(self._tids[at] == tids, self._lcores[at], UNKNOWN_WORKER).astype(np.uint8)
+        self.counters["events"] += len(slots)
+        heard = np.empty(len(slots), np.int64)
+        raw = events.view(np.uint64).reshape(len(slots), -1)
+        found = self._looks.hear(raw, slots, self._tids, self._lcores, heard)
+        for name in _HEARD:
+            self.counters[name] = getattr(self._looks, name)
+        return heard[:found]
 
     def _count_lost(self) -> None:
         if self._lost is None:
@@ -321,83 +280,24 @@ class Collector:
         if len(slots) <= BLOCK:
             return self._look_block(slots, now_ns)
         parts = [self._look_block(slots[start : start + BLOCK], now_ns) for start in range(0, len(slots), BLOCK)]
-        applied = Applied(*(np.concatenate(column) for column in zip(*(part[0] for part in parts), strict=True)))
-        return applied, np.concatenate([part[1] for part in parts])
+        return joined([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def _look_block(self, slots: Slots, now_ns: int) -> tuple[Applied, Slots]:
         count = self.counters
         self._prints[slots] = 0
         conns, whole = self._pool.read(slots)
+        again = np.empty(len(slots), np.int64)
+        self.table.rows_.begin()
+        self._conversion.read(as_words(conns))
+        found = self._looks.look(whole.view(np.uint8), slots, now_ns, self.settings.young_ns, again)
+        applied = self.table.finish()
+        count, looks = self.counters, self._looks
         count["reads"] += len(slots)
-        torn = NO_SLOTS
         if not whole.all():
-            torn = slots[~whole]
-            count["reads_torn"] += len(torn)
-            slots, conns = slots[whole], conns[whole]
-        records = from_conns(conns, slots, self._modes)
-        flags = records["flags"]
-        hashed = (flags & HASHED) != 0
-        copy = hashed & ((flags & INJECTED) != 0)
-        known_af = ((records["af"] == AF_INET) | (records["af"] == AF_INET6)) & (
-            (records["af_out"] == AF_INET) | (records["af_out"] == AF_INET6)
-        )
-        valid = hashed & ~copy & known_af
-        count["malformed"] += int(np.count_nonzero(hashed & ~known_af))
-
-        notes = self._notes[slots]
-        present = self.table.present[slots]
-        gone = present & ~valid
-        sure = gone & (copy | ((notes & (self._CHANGED | self._DOUBTED)) != 0))
-        doubtful = gone & ~sure
-        awaited = ~valid & ~copy & ((notes & self._AWAITED) != 0)
-        one_packet = awaited & ((flags & ONE_PACKET) != 0)
-        count["one_packet"] += int(np.count_nonzero(one_packet))
-        awaited &= ~one_packet
-        overdue = awaited & (now_ns - self._since_ns[slots] > self.settings.young_ns)
-        count["never_hashed"] += int(np.count_nonzero(overdue))
-        awaited &= ~overdue
-
-        applied = NOTHING
-        decided = np.flatnonzero(valid | sure)
-        if len(decided):
-            at = slots[decided]
-            renewed = (notes[decided] & self._CHANGED) != 0
-            since = self._since_ns[at]
-            since[since == 0] = now_ns
-            applied = self.table.apply(
-                at,
-                pick(records, decided),
-                valid[decided],
-                now_ns,
-                renewed=renewed,
-                since_ns=since,
-                worker=self._lcore[at],
-            )
-            count["renewed_by_event"] += int(np.count_nonzero(renewed & present[decided] & valid[decided]))
-            count["created"] += len(applied.created)
-            count["updated"] += len(applied.updated)
-            count["deleted"] += len(applied.deleted)
-            for changed in (applied.created, applied.updated):
-                self._until_ns[changed] = now_ns + self.settings.young_ns
-        young = valid & (self._until_ns[slots] > now_ns) & _unsettled(records)
-
-        self.copies += int(np.count_nonzero(copy)) - int(np.count_nonzero(notes & self._COPY))
-        left = notes & np.uint8(self._WATCHED)
-        left[copy] |= np.uint8(self._COPY)
-        left[doubtful] |= np.uint8(self._DOUBTED)
-        left[awaited] |= np.uint8(self._AWAITED)
-        self._notes[slots] = left
-        over = slots[~awaited]
-        self._since_ns[over] = 0
-        self._lcore[over] = UNKNOWN_WORKER
-        keep = slots[young | doubtful | awaited]
-        return applied, np.concatenate((keep, torn)) if len(torn) else keep
-
-
-def _unsettled(records: Records) -> Bools:
-    """Sessions whose state or sequence delta will change at any moment without an event."""
-    states = records["state"]
-    handshake = (states == NONE) | (states == SYN_SENT) | (states == SYN_RECV) | (states == SYNACK)
-    # The first segment to the real server carries the PROXY header and moves the delta (proto_tcp.c: tcp_in_add_toa).
-    header_due = (records["pp_version"] != 0) & (records["pp_sent"] == 0)
-    return np.asarray((records["proto"] == TCP) & (handshake | header_due))
+            count["reads_torn"] += int(np.count_nonzero(~whole))
+        for name, changed in zip(("created", "updated", "deleted"), applied, strict=True):
+            count[name] += len(changed)
+        for name in _LOOKS:
+            count[name] = getattr(looks, name)
+        self.copies = looks.copies
+        return applied, again[:found]

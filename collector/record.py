@@ -11,8 +11,6 @@ DPVS holds them: ``fnat_*`` and ``sp_*`` in host order (``struct dp_vs_seq``), `
 alone is not a change.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 
@@ -77,14 +75,14 @@ Words = npt.NDArray[np.uint64]
 
 # The words (8 bytes each) whose difference makes a record new to a peer: all but slot/generation (word 0), the worker
 # bits that we only learn late, and rs_end_* (word 16).
-_COMPARE = np.full(WORDS, ~np.uint64(0), np.uint64)
-_COMPARE[0] = 0
-_COMPARE[16] = 0
-_COMPARE[11] &= ~np.uint64(0xFF << 32)  # worker, byte 92
+COMPARE = np.full(WORDS, ~np.uint64(0), np.uint64)
+COMPARE[0] = 0
+COMPARE[16] = 0
+COMPARE[11] &= ~np.uint64(0xFF << 32)  # worker, byte 92
 # flags: only what outlives the packet being handled; hash and timer bits flicker while DPVS re-hashes.
-_COMPARE[1] &= ~np.uint64((HASHED | IN_TIMER | REDIRECT_HASHED) << 48)
-_COMPARE[17] = 0xFF  # pp_sent; the rest is padding, which numpy leaves undefined when it copies fields
-_COMPARE_ROWS = np.tile(_COMPARE, (2048, 1))  # on rows this short, broadcasting costs twice as much as the operation
+COMPARE[1] &= ~np.uint64((HASHED | IN_TIMER | REDIRECT_HASHED) << 48)
+COMPARE[17] = 0xFF  # pp_sent; the rest is padding, which numpy leaves undefined when it copies fields
+_COMPARE_ROWS = np.tile(COMPARE, (2048, 1))  # on rows this short, broadcasting costs twice as much as the operation
 # The words that make up the tuple: af, af_out, proto (word 1, lower bytes), addresses (2..9), ports (10). No session
 # becomes a template, or one of one packet (DPVS sets these flags as it makes one): that is another session too.
 _TUPLE_BITS_1 = np.uint64(0xFFFFFF | (TEMPLATE | ONE_PACKET) << 48)
@@ -114,7 +112,7 @@ def differences(old: Words, new: Words, out: Words | None = None) -> tuple[Bools
     ``out``: room to work in, (n, 18), may be ``old`` itself; its content is lost.
     """
     apart = np.bitwise_xor(old, new, out=out)
-    apart &= _COMPARE_ROWS[: len(apart)] if len(apart) <= len(_COMPARE_ROWS) else _COMPARE
+    apart &= _COMPARE_ROWS[: len(apart)] if len(apart) <= len(_COMPARE_ROWS) else COMPARE
     # A product of booleans is "any", and several times faster than any(axis=1) on rows this short.
     apart_words = apart != 0
     tuples = apart_words @ _TUPLE_WORDS
@@ -152,7 +150,7 @@ def digest(records: Records, *, by_slot: bool = True) -> int:
     """
     total = 0
     for start in range(0, len(records), _DIGEST_BLOCK):
-        mixed = words(records[start : start + _DIGEST_BLOCK]) & _COMPARE
+        mixed = words(records[start : start + _DIGEST_BLOCK]) & COMPARE
         if by_slot:
             mixed[:, 0] = words(records[start : start + _DIGEST_BLOCK])[:, 0]
         mixed += _DIGEST_SALT
@@ -181,46 +179,3 @@ def state_name(proto: int, state: int) -> str:
     """The field's name of a session state; ``?<number>`` where DPVS has none."""
     names = TCP_STATES if proto == TCP else UDP_STATES if proto == UDP else ()
     return names[state] if state < len(names) else f"?{state}"
-
-
-def from_conns(conns: Records, slots: Slots, modes: Mapping[int, int]) -> Records:
-    """Session records of n DPVS sessions.
-
-    ``conns``: shape (n,), the layout's ``dp_vs_conn`` fields as read from the pool
-    (``probes.memory.SessionPool.read``); ``slots``: (n,) int64; ``modes``: address of a ``dp_vs_xmit_*`` function ->
-    forwarding mode, as the session keeps its mode only as its transmit function. Generation stays 0, worker unknown:
-    the table fills both.
-    """
-    n = len(conns)
-    out = np.zeros(n, RECORD)
-    if n == 0:
-        return out
-    out["slot"] = slots
-    out["af"] = conns["af"]
-    out["af_out"] = conns["af_out"]
-    out["proto"] = conns["proto"]
-    fwdmode = np.full(n, UNKNOWN_MODE, np.uint8)
-    for address, mode in modes.items():
-        fwdmode[conns["packet_xmit"] == address] = mode
-    out["fwdmode"] = fwdmode
-    out["state"] = conns["state"]
-    out["flags"] = conns["flags"]
-    for family, names in (("af", ("caddr", "vaddr")), ("af_out", ("laddr", "daddr"))):
-        four = np.asarray(conns[family] == AF_INET)
-        for name in names:
-            copied: npt.NDArray[np.uint8] = out[name]
-            if four.all():
-                copied[:, :4] = conns[name][:, :4]
-            else:
-                copied[:] = conns[name]
-                copied[four, 4:] = 0
-    for name in ("cport", "vport", "lport", "dport"):
-        out[name] = conns[name]
-    out["timeout_ms"] = np.minimum(conns["timeout_s"].astype(np.uint64) * 1000, 0xFFFFFFFF)
-    out["worker"] = UNKNOWN_WORKER
-    for name in ("wscale_vs", "wscale_rs", "pp_version", "pp_sent", "rs_end_seq", "rs_end_ack"):
-        out[name] = conns[name]
-    for prefix, source in (("fnat", "fnat_seq"), ("sp", "syn_proxy_seq")):
-        for part in ("isn", "delta", "fdata_seq", "prev_delta"):
-            out[f"{prefix}_{part}"] = conns[f"{source}_{part}"]
-    return out

@@ -13,36 +13,23 @@ Rules:
 """
 
 from collections import deque
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .record import (
-    RECORD,
-    UNKNOWN_WORKER,
-    WORDS,
-    Bools,
-    Records,
-    Slots,
-    Words,
-    differences,
-    digest,
-    pick,
-    replicable,
-    words,
-)
+from .notes import CHANGE, OWED
+from .record import COMPARE, RECORD, UNKNOWN_WORKER, WORDS, Bools, Records, Slots, Words, digest, pick, words
+from .rows import Marks, Rows
 
 _WINDOW = 1 << 13  # marks looked at in one step for what a full sync owes
 _FEW = 32  # pieces of a queue that are left as they came
-_PADDING = np.uint64(0xFF)  # what of a row's last word is not padding: rubbish in it would go out to peers
-_ROW = np.dtype(f"V{RECORD.itemsize}")
-BLOCK = 2048  # rows compared at once: old, new and their difference stay in the processor's cache
 
 Times = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 NO_SLOTS: Slots = np.empty(0, np.int64)
+BLOCK = 2048  # rows handled at once by who reads them first: all that belongs to them stays in the processor's cache
 
 
 class Applied(NamedTuple):
@@ -51,6 +38,14 @@ class Applied(NamedTuple):
     created: Slots
     updated: Slots
     deleted: Slots
+
+
+NOTHING = Applied(NO_SLOTS, NO_SLOTS, NO_SLOTS)
+
+
+def joined(parts: list[Applied]) -> Applied:
+    """What several calls changed, of different slots each."""
+    return parts[0] if len(parts) == 1 else Applied(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 class Taken(NamedTuple):
@@ -69,13 +64,12 @@ class Dirty:
     change.
     """
 
-    _CHANGE, _OWED, _FRESH = 1, 2, 4
-
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.owed = 0  # slots that a full sync has still to hand out
         self._marks: Bytes = np.zeros(slots, np.uint8)
         self._since_ns: Times = np.zeros(slots, np.int64)
+        self._rows = Marks(self._marks, self._since_ns)
         self._queue: deque[Slots] = deque()
         self._changes = 0
         self._cursor = 0
@@ -105,42 +99,32 @@ class Dirty:
         """Slots (distinct) have changed at ``since_ns``; ``fresh`` where the change is a new generation."""
         if len(slots) == 0:
             return
-        before = self._marks[slots]
-        kinds: Bytes | np.uint8
-        if isinstance(fresh, np.ndarray):
-            kinds = fresh.view(np.uint8) * np.uint8(self._FRESH) + np.uint8(self._CHANGE)
-        else:
-            kinds = np.uint8(self._CHANGE | self._FRESH * fresh)
-        if not before.any():  # nothing waits: the common case, worth a short cut
-            self._marks[slots] = kinds
-            self._since_ns[slots] = since_ns
-        else:
-            self._marks[slots] = before | kinds
-            slots = self._mark_again(slots, before, since_ns)
-            if len(slots) == 0:
-                return
-        self._changes += len(slots)
-        self._queue.append(np.array(slots, np.int64))
+        added = np.empty(len(slots), np.int64)
+        since = since_ns if isinstance(since_ns, np.ndarray) else np.full(len(slots), since_ns)
+        kinds = fresh.view(np.uint8) if isinstance(fresh, np.ndarray) else np.full(len(slots), fresh, np.uint8)
+        self._add(added, self._rows.mark(slots, since, kinds, added))
+
+    def mark_rows(self, rows: Rows) -> None:
+        """The same of what was just changed in the table."""
+        added = np.empty(rows.marked, np.int64)
+        self._add(added, self._rows.mark_rows(rows, added))
+
+    def _add(self, added: Slots, count: int) -> None:
+        if count == 0:
+            return
+        self._changes += count
+        self._overlap += self._rows.overlap
+        self._rows.overlap = 0
+        self._queue.append(added if count == len(added) else added[:count].copy())
         # Single changes, for a reader who is away, shall not be kept as so many arrays. Each joins ever larger ones.
         while len(self._queue) > _FEW and len(self._queue[-1]) >= len(self._queue[-2]):
             last = self._queue.pop()
             self._queue.append(np.concatenate((self._queue.pop(), last)))
 
-    def _mark_again(self, slots: Slots, before: Bytes, since_ns: Times | int) -> Slots:
-        """Some slots carry marks already; those that are not in the queue yet."""
-        since = np.broadcast_to(np.asarray(since_ns, np.int64), slots.shape)
-        waits = (before & self._CHANGE) != 0
-        again: Slots = slots[waits]
-        added: Slots = slots[~waits]
-        self._since_ns[again] = np.minimum(self._since_ns[again], since[waits])
-        self._since_ns[added] = since[~waits]
-        self._overlap += int(np.count_nonzero(before[~waits] & self._OWED))
-        return added
-
     def owe(self, present: Bools) -> None:
         """A full sync: every slot where ``present`` (one flag a slot) is to be handed out once, from slot 0 on."""
-        self._marks &= np.uint8(0xFF ^ self._OWED)
-        self._marks[present] |= np.uint8(self._OWED)
+        self._marks &= np.uint8(0xFF ^ OWED)
+        self._marks[present] |= np.uint8(OWED)
         self.owed = int(np.count_nonzero(present))
         self._overlap = int(np.count_nonzero((self._marks & 3) == 3))
         self._cursor = 0
@@ -151,11 +135,11 @@ class Dirty:
         self.mark(taken.slots[changes], taken.since_ns[changes], taken.fresh[changes])
         slots = taken.slots if owed else taken.slots[~changes]
         before = self._marks[slots]
-        slots, before = slots[(before & self._OWED) == 0], before[(before & self._OWED) == 0]
+        slots, before = slots[(before & OWED) == 0], before[(before & OWED) == 0]
         if len(slots):
-            self._marks[slots] = before | np.uint8(self._OWED)
+            self._marks[slots] = before | np.uint8(OWED)
             self.owed += len(slots)
-            self._overlap += int(np.count_nonzero(before & self._CHANGE))
+            self._overlap += int(np.count_nonzero(before & CHANGE))
             self._cursor = min(self._cursor, int(slots.min()))
 
     def clear(self) -> None:
@@ -172,14 +156,12 @@ class Dirty:
         """Like ``take``, with what the marks said."""
         kept = min(self.owed - self._overlap, limit // 4)
         changes = self._pop_changes(limit - kept)
-        marks = self._marks[changes]
-        since = self._since_ns[changes]
-        self._marks[changes] = 0
-        both = int(np.count_nonzero(marks & self._OWED))
+        since, flags = np.empty(len(changes), np.int64), np.empty(len(changes), np.uint8)
+        both = self._rows.take(changes, since, flags)
         self._changes -= len(changes)
         self._overlap -= both
         self.owed -= both
-        fresh = (marks & (self._OWED | self._FRESH)) != 0
+        fresh = flags.view(np.bool_)
         if len(changes) == limit or self.owed == self._overlap:
             return Taken(changes, since, fresh)
         owed = self._pop_owed(limit - len(changes))
@@ -206,8 +188,8 @@ class Dirty:
         """Owed slots that no change has in the queue."""
         parts: list[Slots] = []
         while limit > 0 and self._cursor < self.slots:
-            window = self._marks[self._cursor : self._cursor + _WINDOW] & (self._CHANGE | self._OWED)
-            found = np.flatnonzero(window == self._OWED)[:limit] + self._cursor
+            window = self._marks[self._cursor : self._cursor + _WINDOW] & (CHANGE | OWED)
+            found = np.flatnonzero(window == OWED)[:limit] + self._cursor
             self._cursor = int(found[-1]) + 1 if len(found) == limit else self._cursor + len(window)
             limit -= len(found)
             parts.append(found)
@@ -228,14 +210,24 @@ class SessionTable:
         self.complete = False  # set once a full scan has found all that was there before us
         self.frozen = False
         self._words = np.zeros((slots, WORDS), np.uint64)
-        self._rows = self._words.view(_ROW).reshape(slots)
-        self._scratch = np.empty((BLOCK, WORDS), np.uint64)
         self.records: Records = self._words.view(RECORD).reshape(slots)
         self.generation: npt.NDArray[np.uint32] = self.records["generation"]
         self.worker: Bytes = self.records["worker"]
         self.present: Bools = np.zeros(slots, np.bool_)
         self.shared: Bools = np.zeros(slots, np.bool_)  # present, and peers are told
         self.born_ns: Times = np.zeros(slots, np.int64)  # when this generation was first seen
+        self.row: Words = np.zeros(WORDS, np.uint64)  # scratch, for who brings a row
+        self._changed = np.zeros((5, BLOCK), np.int64)
+        self.rows_ = Rows(
+            self._words,
+            self.present.view(np.uint8),
+            self.shared.view(np.uint8),
+            self.born_ns,
+            COMPARE,
+            self.row,
+            self._changed,
+            np.zeros(BLOCK, np.uint8),
+        )
         self.count = 0
         self.created = self.updated = self.deleted = 0
         self._peers: dict[str, Dirty] = {}
@@ -253,7 +245,7 @@ class SessionTable:
 
     def freeze(self) -> None:
         """Keep the table as it is from now on; ``apply`` does nothing more."""
-        self.frozen = True
+        self.frozen = self.rows_.frozen = True
 
     def sessions(self) -> Records:
         """All present records, (n,), by slot; a copy."""
@@ -285,112 +277,31 @@ class SessionTable:
         we see now happened, as far as known, else ``now_ns``; ``worker``: lcores, where UNKNOWN_WORKER leaves what is
         known of the session.
         """
-        if self.frozen or len(slots) == 0:
-            return Applied(NO_SLOTS, NO_SLOTS, NO_SLOTS)
-        new = words(records)
-        parts = [
-            self._apply_block(
-                slots[b],
-                new[b],
-                valid[b],
-                now_ns,
-                renewed=_part(renewed, b),
-                since_ns=_part(since_ns, b),
-                worker=_part(worker, b),
-            )
-            for b in (slice(start, start + BLOCK) for start in range(0, len(slots), BLOCK))
-        ]
-        applied = parts[0] if len(parts) == 1 else Applied(*(np.concatenate(c) for c in zip(*parts, strict=True)))
-        self.created += len(applied.created)
-        self.updated += len(applied.updated)
-        self.deleted += len(applied.deleted)
-        return applied
-
-    def _apply_block(
-        self,
-        slots: Slots,
-        new: Words,
-        valid: Bools,
-        now_ns: int,
-        *,
-        renewed: Bools | None,
-        since_ns: Times | None,
-        worker: Bytes | None,
-    ) -> Applied:
         n = len(slots)
-        was = self.present[slots]
-        # Into scratch: fresh memory for each block would cost more in page faults than all the arithmetic.
-        old = self._words.take(slots, axis=0, out=self._scratch[:n], mode="clip")
-        generation = (old[:, 0] >> np.uint64(32)).astype(np.uint32)
-        lcore = ((old[:, 11] >> np.uint64(32)) & np.uint64(0xFF)).astype(np.uint8)
-        tuple_differs, differs = differences(old, new, out=old)
-        if renewed is not None:
-            tuple_differs |= renewed
-        both = was & valid
-        again = both & tuple_differs
-        same = both & ~tuple_differs
-        created = (valid & ~was) | again
-        if worker is None:
-            lcore[~same] = UNKNOWN_WORKER
-        else:
-            learned = (worker != UNKNOWN_WORKER) & (worker != lcore)
-            differs |= learned
-            lcore = np.where(learned | ~same, worker, lcore)
-        updated = same & differs
-        ended = was & ~valid
+        if self.frozen or n == 0:
+            return NOTHING
+        new, checked = words(records), valid.view(np.uint8)
+        again = np.zeros(n, np.uint8) if renewed is None else renewed.view(np.uint8)
+        workers = np.full(n, UNKNOWN_WORKER, np.uint8) if worker is None else worker
+        since = np.full(n, now_ns) if since_ns is None else since_ns
+        parts = []
+        for start in range(0, n, BLOCK):
+            b = slice(start, start + BLOCK)
+            self.rows_.begin()
+            self.rows_.apply(new[b], slots[b], checked[b], again[b], workers[b], since[b], now_ns)
+            parts.append(self.finish())
+        return joined(parts)
 
-        born = slots[created]
-        stored = np.flatnonzero(created | updated)
-        over = np.flatnonzero(ended)
-        if len(stored) + len(over) == 0:
-            return Applied(NO_SLOTS, NO_SLOTS, NO_SLOTS)
-        touched: Slots | slice = np.concatenate((stored, over)) if len(over) else stored
-        if len(stored) == n:
-            touched = slice(None)  # all of them: plain copies will do
-        at = slots[touched]
-        told = self.shared[at]
-        if len(stored):
-            rows = self._scratch[: len(stored)]
-            if len(born):
-                generation += created
-                generation[generation == 0] = 1  # after 2**32 sessions in one slot: 0 stays "never used"
-                self.born_ns[born] = now_ns
-                self.present[born] = True
-            if len(stored) == n:
-                np.copyto(rows, new)
-            else:
-                new.take(stored, axis=0, out=rows, mode="clip")
-                generation, lcore = generation[stored], lcore[stored]
-            self._store(at[: len(stored)], rows, generation, lcore)
-        if len(over):
-            gone = at[len(stored) :]
-            self.present[gone] = False
-            self.shared[gone] = False
-        self.count += len(born) - int(np.count_nonzero(again)) - len(over)
-        if self._peers:
-            told |= self.shared[at]
-            since = now_ns if since_ns is None else since_ns[touched]
-            fresh = created[touched] if len(born) else False
-            if not told.all():
-                at = at[told]
-                since = since[told] if isinstance(since, np.ndarray) else since
-                fresh = fresh[told] if isinstance(fresh, np.ndarray) else fresh
+    def finish(self) -> Applied:
+        """What ``rows_`` changed since its ``begin``, at most BLOCK rows; peers are to be told of it."""
+        rows = self.rows_
+        counts = (rows.created, rows.updated, rows.deleted)
+        created, updated, deleted = (self._changed[kind, :count].copy() for kind, count in enumerate(counts))
+        self.count += rows.more
+        self.created += len(created)
+        self.updated += len(updated)
+        self.deleted += len(deleted)
+        if rows.marked:
             for dirty in self._peers.values():
-                dirty.mark(at, since, fresh)
-        return Applied(born, slots[updated], slots[over])
-
-    def _store(self, slots: Slots, rows: Words, generation: npt.NDArray[np.uint32], lcore: Bytes) -> None:
-        rows[:, -1] &= _PADDING
-        records = rows.view(RECORD).reshape(len(slots))
-        records["slot"] = slots
-        records["generation"] = generation
-        records["worker"] = lcore
-        self._rows[slots] = rows.view(_ROW).reshape(len(slots))  # as opaque items: one copy a row, not one a word
-        self.shared[slots] = replicable(records)
-
-
-_T = TypeVar("_T", bound=np.generic)
-
-
-def _part(array: npt.NDArray[_T] | None, block: slice) -> npt.NDArray[_T] | None:
-    return None if array is None else array[block]
+                dirty.mark_rows(rows)
+        return Applied(created, updated, deleted)

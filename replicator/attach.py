@@ -20,6 +20,7 @@ from typing import Any
 
 from collector.collector import Collector
 from collector.record import DR, FNAT, NAT, SNAT, TUNNEL
+from collector.rows import require_compiled
 from collector.table import SessionTable
 from probes.agent import loading
 from probes.agent.client import AgentClient
@@ -91,6 +92,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Attach, stay attached, detach; the exit status. Raises DpvsProbeError when it cannot be done."""
+    require_compiled()
     return asyncio.run(_Attachment(options).run())
 
 

@@ -14,8 +14,10 @@ import lz4.block
 import numpy as np
 import numpy.typing as npt
 
-from collector.record import AF_INET, AF_INET6, RECORD, WORDS, Bools, Records, Slots
+from collector.record import RECORD, Records, Slots, words
 
+from . import packing
+from .packing import Telling
 from .wire import HEADER, MAGIC, MAX_BODY, VERSION, Fault, Opcode, ProtocolError
 
 BODY = struct.Struct("<BBHI")
@@ -27,16 +29,12 @@ MAX_COUNT = 0xFFFF
 
 Buffer = bytes | memoryview
 _PREFIX = HEADER.size + BODY.size
-# A record is 36 words of 4 bytes; of each address of 4 words, IPv4 uses the first.
-_HEAD, _ADDRESSES, _TAIL = slice(0, 4), slice(4, 20, 4), slice(20, 36)
-_FAMILIES = 4  # word of 2 bytes: af, af_out
-_HEAD4, _ADDRESSES4, _TAIL4 = slice(0, 4), slice(4, 8), slice(8, 24)
-
-
-def is_ipv4(records: Records) -> Bools:
-    """Which records fit kind 4: IPv4 on both sides."""
-    families = records.view(np.uint16).reshape(len(records), -1)[:, _FAMILIES]
-    return np.asarray(families == (AF_INET | AF_INET << 8))
+_WRONG = {
+    packing.NO_GENERATION: "a session without a generation",
+    packing.NOT_IPV4: "a session that is not IPv4 among IPv4 records",
+    packing.NO_FAMILY: "a session of an unknown address family",
+    packing.LONG_ADDRESS: "an IPv4 address of more than 4 bytes",
+}
 
 
 def batches(kind: int, n: int, body_bytes: int) -> Iterator[slice]:
@@ -48,15 +46,22 @@ def batches(kind: int, n: int, body_bytes: int) -> Iterator[slice]:
 def pack_records(opcode: Opcode, sequence: int, records: Records, kind: int, *, compress: bool = False) -> Buffer:
     """A CREATE or UPDATE frame of n records, all of one kind."""
     n = len(records)
+    nobody = np.zeros(n, np.uint8)
+    telling = Telling(words(records), nobody, nobody)
+    return pack_rows(opcode, sequence, telling, np.arange(n), kind, compress=compress)
+
+
+def pack_rows(
+    opcode: Opcode, sequence: int, rows: Telling, slots: Slots, kind: int, *, compress: bool = False
+) -> Buffer:
+    """A CREATE or UPDATE frame of n rows of a table, all of one kind."""
+    n = len(slots)
     frame = np.empty(_PREFIX + n * SIZES[kind], np.uint8)
-    wide = np.ascontiguousarray(records).view(np.uint32).reshape(n, 2 * WORDS)
+    items = frame[_PREFIX:].view(np.uint64).reshape(n, SIZES[kind] // 8)
     if kind == IPV4:
-        narrow = frame[_PREFIX:].view(np.uint32).reshape(n, 24)
-        narrow[:, _HEAD4] = wide[:, _HEAD]
-        narrow[:, _ADDRESSES4] = wide[:, _ADDRESSES]
-        narrow[:, _TAIL4] = wide[:, _TAIL]
+        rows.pack4(slots, items)
     else:
-        frame[_PREFIX:].view(np.uint32).reshape(n, 2 * WORDS)[:] = wide
+        rows.pack6(slots, items)
     return _finish(frame, opcode, sequence, kind, compress=compress)
 
 
@@ -89,25 +94,13 @@ def parse_records(body: bytes, slots: int) -> Records:
     Slots are below ``slots``, generations are not 0. A slot may stand in it twice: whoever indexes with it has to look.
     """
     kind, n, payload = _open(body, (IPV4, IPV6))
-    records = np.zeros(n, RECORD)
-    wide = records.view(np.uint32).reshape(n, 2 * WORDS)
-    if kind == IPV4:
-        narrow = np.frombuffer(payload, np.uint32).reshape(n, 24)
-        wide[:, _HEAD] = narrow[:, _HEAD4]
-        wide[:, _ADDRESSES] = narrow[:, _ADDRESSES4]
-        wide[:, _TAIL] = narrow[:, _TAIL4]
-        if not is_ipv4(records).all():
-            raise ProtocolError(Fault.RECORD, "a session that is not IPv4 among IPv4 records")
-    else:
-        wide[:] = np.frombuffer(payload, np.uint32).reshape(n, 2 * WORDS)
-        for family, inner, outer in (("af", "caddr", "vaddr"), ("af_out", "laddr", "daddr")):
-            four = records[family] == AF_INET
-            if not (four | (records[family] == AF_INET6)).all():
-                raise ProtocolError(Fault.RECORD, "a session of an unknown address family")
-            for name in (inner, outer):
-                if records[name][four, 4:].any():
-                    raise ProtocolError(Fault.RECORD, "an IPv4 address of more than 4 bytes")
-    _check_names(wide, slots)
+    records = np.empty(n, RECORD)
+    items = np.frombuffer(payload, np.uint64).reshape(n, SIZES[kind] // 8)
+    wrong = (packing.unpack4 if kind == IPV4 else packing.unpack6)(items, slots, words(records))
+    if wrong == packing.NO_SUCH_SLOT:
+        raise ProtocolError(Fault.RECORD, f"slot {int((items[:, 0] & 0xFFFFFFFF).max())} of {slots}")
+    if wrong:
+        raise ProtocolError(Fault.RECORD, _WRONG[wrong])
     return records
 
 

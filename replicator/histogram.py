@@ -4,6 +4,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from . import packing
+
 _BUCKETS = 128
 _PER_OCTAVE = 4
 _LEAST_NS = 1_000
@@ -14,24 +16,23 @@ class Histogram:
 
     def __init__(self) -> None:
         self.counts: npt.NDArray[np.int64] = np.zeros(_BUCKETS, np.int64)
-        self.count = 0
         self.greatest_ns = 0
 
-    def add(self, durations_ns: npt.NDArray[np.int64]) -> None:
-        """n durations; negative ones count as 0."""
-        if len(durations_ns) == 0:
-            return
-        scaled = np.maximum(durations_ns, _LEAST_NS) / _LEAST_NS
-        buckets = np.minimum(np.log2(scaled) * _PER_OCTAVE, _BUCKETS - 1).astype(np.int64)
-        self.counts += np.bincount(buckets, minlength=_BUCKETS)
-        self.count += len(durations_ns)
-        self.greatest_ns = max(self.greatest_ns, int(durations_ns.max()))
+    @property
+    def count(self) -> int:
+        """How many were added."""
+        return int(self.counts.sum())
+
+    def add(self, since_ns: npt.NDArray[np.int64], now_ns: int) -> None:
+        """n durations, from each time until now; those since 0 do not count, negative ones count as 0."""
+        self.greatest_ns = max(self.greatest_ns, packing.tally(since_ns, now_ns, self.counts))
 
     def percentile_ns(self, percent: float) -> int:
         """The duration that ``percent`` of all do not exceed, to a fifth; 0 when there are none."""
-        if self.count == 0:
+        count = self.count
+        if count == 0:
             return 0
-        rank = max(1, -(-self.count * percent // 100))
+        rank = max(1, -(-count * percent // 100))
         bucket = int(np.searchsorted(np.cumsum(self.counts), rank))
         return min(int(_LEAST_NS * 2 ** ((bucket + 1) / _PER_OCTAVE)), self.greatest_ns)
 

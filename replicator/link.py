@@ -28,14 +28,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from collector.record import Bools, Slots, pick
+from collector.record import Bools, Slots, words
 from collector.table import Dirty, SessionTable, Taken
 
-from . import codec, wire
+from . import codec, packing, wire
 from .codec import ENDED, IPV4, IPV6, SIZES, Buffer
 from .compression import Pays
 from .engine import Down, Engine, Event, LinkSettings, State, Synced, Syncing, Up
 from .histogram import Histogram
+from .packing import Telling
 from .replica import Generations, LinkRefused, Replica, Replicas
 from .transport.interface import Loss
 from .wire import SEQUENCED, Fault, Frame, Hello, Opcode, ProtocolError, Reason, Role, SyncReason
@@ -53,6 +54,12 @@ class _InFlight:
     told: Taken
 
 
+_SORTS = (
+    (packing.CREATE4, IPV4, Opcode.CREATE, "created"),
+    (packing.UPDATE4, IPV4, Opcode.UPDATE, "updated"),
+    (packing.CREATE6, IPV6, Opcode.CREATE, "created"),
+    (packing.UPDATE6, IPV6, Opcode.UPDATE, "updated"),
+)
 _TOLD_NOTHING = Dirty(0).claim(0)
 ENDED_SO = "the connection ended"
 CLAIM = 4096  # slots taken from the marks at once
@@ -79,6 +86,7 @@ class Sender(Engine):
             raise ValueError("a sender introduces itself as one, with the slots of its table")
         self._table, self._dirty = table, dirty
         self._told = np.zeros(table.slots, np.bool_)  # slots in which the peer may believe a session to be
+        self._telling = Telling(words(table.records), table.shared.view(np.uint8), self._told.view(np.uint8))
         self._picks: Picks | None = None
         self._acknowledged = 0
         self._flight: deque[_InFlight] = deque()
@@ -224,8 +232,7 @@ class Sender(Engine):
             size += frame.size
             plain += frame.plain
             self.counters["acknowledged"] += len(frame.told.slots)
-            since = frame.told.since_ns[frame.told.since_ns > 0]
-            self.latency.add(now_ns - since)
+            self.latency.add(frame.told.since_ns, now_ns)
         self._flight_bytes -= size
         self._compress.acknowledged(size, plain, self._flight_bytes, now_ns)
         if self._end_sequence is not None and sequence >= self._end_sequence:
@@ -296,31 +303,26 @@ class Sender(Engine):
         """Frames for slots whose marks were just taken: ends first, as another slot may have the same tuple now."""
         if self._picks is not None:
             taken = self._ours(taken, self._picks)
-        shared = self._table.shared[taken.slots]
-        told = self._told[taken.slots]
-        self._told[taken.slots] = shared
-        if not shared.all():
-            gone = _chosen(taken, ~shared & told)  # one that came and went between two frames is not worth a word
+        n = len(taken.slots)
+        sorts, counts = np.empty(n, np.uint8), np.empty(6, np.int64)
+        self._telling.sort(taken.slots, taken.fresh.view(np.uint8), sorts, counts)
+        numbers = counts.tolist()
+        if numbers[packing.ENDED]:
+            gone = _chosen(taken, sorts == packing.ENDED)
             self._say_ended(gone, self._table.generation[gone.slots])
-            taken, told = _chosen(taken, shared), told[shared]
-        if len(taken.slots) == 0:
-            return
-        records = self._table.rows(taken.slots)
-        four = codec.is_ipv4(records)
-        fresh = taken.fresh | ~told
         compress = self._compress.on and self.peer is not None and bool(self.peer.capabilities & wire.LZ4)
-        for kind, of_kind in ((IPV4, four), (IPV6, ~four)):
-            for opcode, chosen in ((Opcode.CREATE, of_kind & fresh), (Opcode.UPDATE, of_kind & ~fresh)):
-                count = int(np.count_nonzero(chosen))
-                if count == 0:
-                    continue
-                everything = count == len(chosen)
-                group, rows = (taken, records) if everything else (_chosen(taken, chosen), pick(records, chosen))
-                self.counters["created" if opcode is Opcode.CREATE else "updated"] += count
-                for part in codec.batches(kind, count, self.settings.body_bytes):
-                    sequence, plain = self._sequence + 1, rows[part]
-                    frame = codec.pack_records(opcode, sequence, plain, kind, compress=compress)
-                    self._send(frame, _chosen(group, part), len(plain) * SIZES[kind])
+        for sort, kind, opcode, counter in _SORTS:
+            count = numbers[sort]
+            if count == 0:
+                continue
+            group = taken if count == n else _chosen(taken, sorts == sort)
+            self.counters[counter] += count
+            for part in codec.batches(kind, count, self.settings.body_bytes):
+                batch = group if part == slice(0, count) else _chosen(group, part)
+                frame = codec.pack_rows(
+                    opcode, self._sequence + 1, self._telling, batch.slots, kind, compress=compress
+                )  # fmt: skip
+                self._send(frame, batch, len(batch.slots) * SIZES[kind])
 
     def _share(self) -> Bools:
         """What the peer is to hold: one flag a slot."""

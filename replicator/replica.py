@@ -18,12 +18,13 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from collector.record import RECORD, WORDS, Bools, Records, Slots, differences, digest, pick, words
-from collector.table import BLOCK, Dirty
+from collector.record import COMPARE, RECORD, WORDS, Bools, Records, Slots, digest, pick, words
+from collector.rows import Copies
+from collector.table import Dirty
 
+from . import packing
 from .wire import Fault, Hello, ProtocolError, Reason
 
-_ROW = np.dtype(f"V{RECORD.itemsize}")
 Generations = npt.NDArray[np.uint32]
 
 
@@ -43,13 +44,12 @@ class Replica:
         self.number = number  # names what we hold; another number after anything was let go
         self.slots = hello.slots
         self._words = np.zeros((self.slots, WORDS), np.uint64)
-        self._rows = self._words.view(_ROW).reshape(self.slots)
         self.records: Records = self._words.view(RECORD).reshape(self.slots)
         self.generation: Generations = self.records["generation"]  # the last that was heard of; 0 for none
         self.present: Bools = np.zeros(self.slots, np.bool_)
         self.pending = Dirty(self.slots)
-        self._named: Bools = np.zeros(self.slots, np.bool_)
-        self._scratch = np.empty((BLOCK, WORDS), np.uint64)
+        self._named = np.zeros(self.slots, np.uint8)  # by the full sync that is under way
+        self._copies = Copies(self._words, self.present.view(np.uint8), self._named, COMPARE)
         self._full_sync: int | None = None  # number of the one that has begun and not ended
         self._full_sync_ns = 0
         self._full_sync_in: int | None = None  # number of the last one that ended
@@ -81,42 +81,18 @@ class Replica:
 
     def put(self, records: Records, now_ns: int) -> None:
         """The origin's rows of n slots. Raises ProtocolError when a slot stands there twice."""
-        slots = _distinct(records["slot"].astype(np.int64))
-        new = words(records)
-        was = self.present.take(slots)
-        before = int(np.count_nonzero(was))
-        known = self.generation[slots]
-        ahead = (records["generation"] - known).view(np.int32)
-        accept = (known == 0) | (ahead >= was.view(np.int8) ^ 1)
-        if int(np.count_nonzero(accept)) < len(slots):
-            self.counters["stale"] += int(np.count_nonzero(~accept))
-            slots, new, was, ahead = slots[accept], new[accept], was[accept], ahead[accept]
-            before = int(np.count_nonzero(was))
-        fresh = ~was
-        if before:
-            fresh |= ahead != 0
-        created = int(np.count_nonzero(fresh))
-        updated = 0
-        changed: Bools | None = None
-        if created < len(slots):  # what is new as a whole need not be compared
-            # Into memory that is there: fresh pages for each frame would cost more than the comparison.
-            room = self._scratch[: len(slots)] if len(slots) <= len(self._scratch) else None
-            old = self._words.take(slots, axis=0, out=room, mode="clip")
-            changed = differences(old, new, out=old)[1]
-            changed |= fresh
-            updated = int(np.count_nonzero(changed)) - created
-        self._rows[slots] = new.view(_ROW).reshape(len(slots))
-        if before < len(slots):
-            self.present[slots] = True
-            self.count += len(slots) - before
-        if self._full_sync is not None:
-            self._named[slots] = True
-        self.counters["created"] += created
-        self.counters["updated"] += updated
-        self.counters["unchanged"] += len(slots) - created - updated
-        if changed is not None and created + updated < len(slots):
-            slots, fresh = slots[changed], fresh[changed]
-        self.pending.mark(slots, now_ns, fresh)
+        if not packing.rising(words(records)):
+            _distinct(records["slot"].astype(np.int64))
+        changed, fresh = np.empty(len(records), np.int64), np.empty(len(records), np.uint8)
+        rows = self._copies
+        n = rows.put(words(records), self._full_sync is not None, changed, fresh)
+        self.count += rows.more
+        count = self.counters
+        count["created"] += rows.created
+        count["updated"] += rows.updated
+        count["unchanged"] += len(records) - rows.stale - n
+        count["stale"] += rows.stale
+        self.pending.mark(changed[:n], now_ns, fresh[:n].view(np.bool_))
 
     def end(self, slots: Slots, generations: Generations, now_ns: int) -> None:
         """Sessions that ended: those generations and all before. Raises ProtocolError when a slot is named twice."""
@@ -133,7 +109,7 @@ class Replica:
 
     def begin_full_sync(self, number: int, now_ns: int) -> None:
         """From here on, what is named counts."""
-        self._named[:] = False
+        self._named[:] = 0
         self._full_sync, self._full_sync_ns = number, now_ns
 
     def end_full_sync(self, number: int, now_ns: int) -> int:
@@ -143,7 +119,7 @@ class Replica:
         if number != self._full_sync:
             raise ProtocolError(Fault.UNEXPECTED, f"the end of full sync {number}, which did not begin")
         self._full_sync, self._full_sync_in = None, number
-        gone = np.flatnonzero(self.present & ~self._named)
+        gone = np.flatnonzero(self.present & (self._named == 0))
         self.present[gone] = False
         # The origin said nothing of how these ended: whatever it names there next is right.
         self.generation[gone] = 0

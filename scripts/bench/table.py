@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from collector import record
 from collector.collector import Collector
+from collector.conns import from_conns
 from collector.record import Bools, Records, Slots, Words
 from collector.table import SessionTable
 from replicator import codec
@@ -109,7 +110,7 @@ class Report:
 
 def sessions(n: int) -> Records:
     pool = Pool(n)
-    return record.from_conns(pool.conns, np.arange(n), {XMIT: record.FNAT})
+    return from_conns(pool.conns, np.arange(n), {XMIT: record.FNAT})
 
 
 def bench_collector(report: Report, n: int) -> None:

@@ -4,6 +4,7 @@
 import numpy as np
 
 from collector import record
+from collector.conns import from_conns
 from collector.record import Bools, Records, Slots, Words
 
 CONN = np.dtype(
@@ -15,7 +16,8 @@ CONN = np.dtype(
         *((f"{name}_{part}", "<u4") for name in ("fnat_seq", "syn_proxy_seq")
           for part in ("isn", "delta", "fdata_seq", "prev_delta")),
         ("rs_end_seq", "<u4"), ("rs_end_ack", "<u4"),
-    ]
+    ],
+    align=True,
 )  # fmt: skip
 EVENT = np.dtype(
     [("conn", "<u8"), ("time_ns", "<u8"), ("tid", "<u4"), ("kind", "<u2"), ("flags", "<u2"), ("reserved", "<u8")]
@@ -127,4 +129,4 @@ class SimulatedDpvs:
         """The records of the sessions that a table must hold, in order of slots."""
         flags = self.conns["flags"]
         slots = np.flatnonzero(((flags & record.HASHED) != 0) & ((flags & record.INJECTED) == 0))
-        return record.from_conns(self.conns[slots], slots, MODES)
+        return from_conns(self.conns[slots], slots, MODES)

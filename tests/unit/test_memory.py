@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collector.record import FNAT, from_conns
+from collector.conns import from_conns
+from collector.record import FNAT
 from probes import mempool
 from probes.layout import Layout, UnknownLayout
 from probes.mapping import MapFailed, MemoryClosed, open_memory

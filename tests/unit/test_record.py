@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collector import record
+from collector.conns import from_conns
 from collector.record import RECORD, Records
 from tests.unit.session_records import random_sessions, sessions
 from tests.unit.simulated_dpvs import CONN, MODES, XMIT_FNAT
@@ -100,7 +101,7 @@ def test_from_conns() -> None:
     conns["cport"] = 0x1234
     conns["timeout_s"] = (90, 2**40, 0)
     conns["fnat_seq_delta"], conns["syn_proxy_seq_isn"] = 7, 8
-    out = record.from_conns(conns, np.array([5, 6, 7]), MODES)
+    out = from_conns(conns, np.array([5, 6, 7]), MODES)
     assert out["slot"].tolist() == [5, 6, 7]
     assert out["fwdmode"].tolist() == [record.FNAT, record.UNKNOWN_MODE, record.FNAT]
     four, six = [0, 1, 2, 3] + [0] * 12, list(range(16))
@@ -111,7 +112,7 @@ def test_from_conns() -> None:
     assert out["fnat_delta"].tolist() == [7] * 3
     assert out["sp_isn"].tolist() == [8] * 3
     assert out["worker"].tolist() == [record.UNKNOWN_WORKER] * 3
-    assert len(record.from_conns(conns[:0], np.empty(0, np.int64), MODES)) == 0
+    assert len(from_conns(conns[:0], np.empty(0, np.int64), MODES)) == 0
 
 
 def test_state_names() -> None:
