@@ -87,6 +87,18 @@ def field_offset(layout: Layout, name: str) -> int:
     return offset + (layout.offset(_INNER[member], inner) if inner else 0)
 
 
+def session_dtype(layout: Layout) -> "np.dtype[np.void]":
+    """The fields of ``SessionPool.read`` where they are in a ``struct dp_vs_conn`` of this layout, read as a whole."""
+    return np.dtype(
+        {
+            "names": list(_FIELDS),
+            "formats": [dtype for _, _, dtype in _FIELDS.values()],
+            "offsets": [field_offset(layout, name) for name in _FIELDS],
+            "itemsize": layout.size(SESSION),
+        }
+    )
+
+
 class Gather:
     """Which words of a session to fetch for some fields, and the dtype that finds the fields in the fetched words.
 

@@ -46,6 +46,7 @@ from replicator.transport.address import Address, resolve
 from replicator.transport.choose import Mode, Transport, Where
 from replicator.transport.interface import PEER_TIMEOUT_S
 from replicator.transport.tls import Tls
+from replicator.trial import tried_first
 from replicator.wire import MAX_NAME, Hello, Role
 
 XMIT_MODES = {
@@ -209,15 +210,15 @@ class _Attachment:
         replicas = Replicas(Hello(name, me.epoch, Role.RECEIVER, instance=me.instance))
         client: AgentClient | None = None
         injector: Injector | None = None
+        modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
         if options.inject and listener is not None:
             client = loading.load(target, layout, control)
             stack.callback(_retire, client, target)
             log.info("agent %s is in DPVS, peers' sessions will be put in", client.door.version)
-            injector = Injector(client, lambda: replicas)
+            injector = Injector(tried_first(client, layout, pool, control, modes), lambda: replicas)
             await asyncio.sleep(0)
 
         table = SessionTable(pool.slots)
-        modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
         collector = Collector(pool, probes.ring(), table, modes=modes, workers=target.workers(), lost=probes.lost)
         outbound = [
             Outbound(dialer, Sender(table, table.add_peer(dialer.address), me, options.link), CLOCK)

@@ -166,6 +166,13 @@ def _tuples(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.void]:
     return masked.view(f"V{8 * (_LAST - _FIRST)}").reshape(len(rows))
 
 
+def _first(slots: Slots) -> Bools:
+    """Of slots that are each there once, or twice side by side: which are not the second of a pair."""
+    first = np.ones(len(slots), np.bool_)
+    np.not_equal(slots[1:], slots[:-1], out=first[1:])
+    return first
+
+
 class Injector:
     """Feeds one agent from any number of replicas. ``tick`` does a little and never blocks."""
 
@@ -291,9 +298,10 @@ class Injector:
 
     def _release(self, batch: _Batch) -> None:
         """The operations of a batch are over; slots that changed meanwhile get their turn."""
-        c = batch.copies
-        np.subtract.at(c.busy, batch.slots, 1)
-        slots = np.unique(batch.slots)
+        c, first = batch.copies, _first(batch.slots)
+        slots = batch.slots[first]
+        c.busy[slots] -= 1
+        c.busy[batch.slots[~first]] -= 1
         again = slots[c.waits[slots] & (c.busy[slots] == 0)]
         c.waits[again] = False
         c.replica.pending.mark(again)
@@ -312,7 +320,7 @@ class Injector:
         gone |= ~upsert & np.isin(codes, (abi.Code.ABSENT, abi.Code.FOREIGN))
         c.has[slots[gone]] = False
         here = upsert & np.isin(codes, (abi.Code.CREATED, abi.Code.UPDATED, abi.Code.LIVE))
-        c.installed[slots[here]] = words(batch.records[here])[:, _FIRST:_LAST]
+        c.installed[slots[here]] = words(batch.records)[here, _FIRST:_LAST]
         c.has[slots[here]] = True
         c.has[slots[upsert & ~here]] = False
         later = (codes >= abi.RETRYABLE) & (codes < abi.PERMANENT)
@@ -349,7 +357,9 @@ class Injector:
         return standing
 
     def _submit(self, c: _Copies, slots: Slots, ops: npt.NDArray[np.uint8], records: Records) -> None:
-        np.add.at(c.busy, slots, 1)
+        first = _first(slots)
+        c.busy[slots[first]] += 1
+        c.busy[slots[~first]] += 1
         size = self._agent.max_records
         for begin in range(0, len(slots), size):
             part = slice(begin, begin + size)

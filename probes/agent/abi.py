@@ -95,7 +95,7 @@ CONFIG = np.dtype(
     ]
 )  # fmt: skip
 
-WORKER = np.dtype([("chunks", "<u8"), ("records", "<u8"), ("busy_ns", "<u8"), ("max_ns", "<u8")])
+WORKER = np.dtype([("chunks", "<u8"), ("records", "<u8"), ("busy_ns", "<u8"), ("max_ns", "<u8"), ("late", "<u8")])
 
 RESULT = np.dtype(
     [

@@ -20,6 +20,7 @@
 #define AGENT_MAX_REQUESTS 8   /* requests outstanding */
 #define AGENT_RESULTS 64       /* results kept, the oldest is overwritten first */
 #define AGENT_MAX_WORKERS 64
+#define AGENT_LATE_NS 100000 /* longer than that no callback on a worker may take */
 #define AGENT_OFFSETS 96
 
 #define AGENT_CONFIG_MAGIC "DPVSPROBE-CONFIG"
@@ -192,8 +193,9 @@ struct agent_worker_stats {
 	uint64_t records;
 	uint64_t busy_ns; /* time spent in our callbacks on this worker */
 	uint64_t max_ns;  /* the longest of them */
+	uint64_t late;	  /* those over AGENT_LATE_NS */
 };
-_Static_assert(sizeof(struct agent_worker_stats) == 32, "agent_worker_stats");
+_Static_assert(sizeof(struct agent_worker_stats) == 40, "agent_worker_stats");
 
 struct agent_result {
 	uint64_t request_id;
@@ -250,7 +252,7 @@ struct agent_door {
 	uint64_t by_code[CODE_MAX];
 	struct agent_worker_stats workers[AGENT_MAX_WORKERS];
 };
-_Static_assert(sizeof(struct agent_door) == 256 + 128 + 8 * CODE_MAX + 32 * AGENT_MAX_WORKERS, "agent_door");
+_Static_assert(sizeof(struct agent_door) == 256 + 128 + 8 * CODE_MAX + 40 * AGENT_MAX_WORKERS, "agent_door");
 
 /* One request: header, op[count] padded to 8, record[count]. */
 struct agent_request {

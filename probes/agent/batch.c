@@ -6,9 +6,9 @@
  * ring before it turns to packets again (DPVS 1.10.2, src/ctrl.c: msg_slave_process). A worker's part of a request keeps
  * the request's order. All state here belongs to the master, but for a chunk in flight, which is the worker's.
  *
- * How long a callback lasts is measured in it, not guessed before: it ends when its time is over, whatever is left. It takes
- * no more than the worker's share of the time that this worker has had to itself since the last one, and never more than
- * the limit. So a worker whose rounds are long because there is traffic gets to it as often as before.
+ * How long a callback lasts is measured in it, not guessed before: it ends when its time is over, whatever is left. That is
+ * the limit where the worker comes to its messages at once, because its rounds are short: it has nothing to do. Where they
+ * are long there is traffic, and a callback takes no more than our share of the time since the last one.
  *
  * A record whose worker nobody can know goes to every worker, and their codes are merged. It is all or nothing: where one
  * worker cannot have the copy, the others give theirs back; where one copy carries traffic, the rest go. That takes a
@@ -20,6 +20,8 @@
 #define CHUNK_STEP 4u  /* records between two looks at the clock */
 #define PUMP_PERIOD_US 5000
 #define EVERY_WORKER INT8_MAX
+#define IDLE_WAIT_NS 5000  /* a message is taken that soon by a worker that has nothing to do */
+#define LONG_WAIT_NS 100000 /* no more says how long a round is: the system may have stopped the worker */
 
 struct request_slot {
 	bool used;
@@ -45,7 +47,8 @@ struct worker {
 	unsigned head, length;
 	bool in_flight;
 	unsigned waited;     /* periods of the pump's timer that this chunk has been out */
-	uint64_t ended_ns;   /* the worker's: when its last callback ended */
+	uint64_t sent_ns;
+	uint64_t ended_ns, wait_ns; /* the worker's: when its last callback ended; how long messages wait, on average */
 	uint32_t chunk_done; /* set by the worker, cleared by the master */
 	struct request_slot *chunk_request;
 	uint16_t chunk_begin, chunk_end; /* of a chunk that is done: what was offered, and where the worker ended */
@@ -134,11 +137,14 @@ static uint8_t work_on(struct request_slot *request, unsigned n, unsigned lcore)
 	return code;
 }
 
-/* How long this callback may last: the worker's share of what it has had since the last one. */
-static uint64_t allowance(const struct worker *w, uint64_t now)
+/* How long this callback may last. */
+static uint64_t allowance(struct worker *w, uint64_t now)
 {
-	uint64_t share = config.worker_share, allowed = (now - w->ended_ns) * share / (100 - share);
+	uint64_t share = config.worker_share, allowed = (now - w->ended_ns) * share / (100 - share), wait = now - w->sent_ns;
 
+	w->wait_ns = (7 * w->wait_ns + (wait < LONG_WAIT_NS ? wait : LONG_WAIT_NS)) / 8;
+	if (w->wait_ns < IDLE_WAIT_NS)
+		return config.chunk_limit_ns;
 	return allowed < config.chunk_limit_ns ? allowed : config.chunk_limit_ns;
 }
 
@@ -185,6 +191,8 @@ int batch_work(void *msg)
 	stats->busy_ns += now - begin;
 	if (now - begin > stats->max_ns)
 		stats->max_ns = now - begin;
+	if (now - begin > AGENT_LATE_NS)
+		stats->late++;
 	w->ended_ns = now;
 	__atomic_store_n(&w->chunk_done, 1, __ATOMIC_RELEASE);
 	/* ring the master's bell; if that fails its timer finds chunk_done a little later */
@@ -297,6 +305,7 @@ static void pump(struct worker *w)
 	msg = dpvs.msg_make(config.msg_type_work, 0, MSG_UNICAST, (uint8_t)main_lcore, sizeof(w), &w);
 	if (!msg)
 		return; /* the timer tries again */
+	w->sent_ns = now_ns();
 	w->in_flight = dpvs.msg_send(msg, (uint8_t)w->lcore, MSG_F_ASYNC, NULL) == EDPVS_OK;
 	dpvs.msg_destroy(&msg);
 }

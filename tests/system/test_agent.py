@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from collector.record import FNAT
 from probes.agent import abi, loading
 from probes.agent.client import AgentAbsent, AgentBusy, AgentClient, AgentRefused, Door
+from probes.memory import SessionPool
 from probes.target import Target
+from replicator.trial import TrialFailed, tried_first
 from tests.lab.pair import Pair
 from tests.lab.process import wait_for
 from tests.lab.records import answers, final_codes, fnat_records
@@ -33,6 +36,14 @@ def target(pair: Pair) -> Iterator[Target]:
 
 def load(pair: Pair, target: Target) -> AgentClient:
     return loading.load(target, pair.b.layout, pair.b.control)
+
+
+def built(sources: Path, out: Path, build: int) -> Path:
+    """An agent of these sources that says it is of this build."""
+    library = out / f"agent-{build}.so"
+    flags = ["-std=gnu11", "-O2", "-fPIC", "-shared", "-pthread", f"-DAGENT_BUILD={build}"]
+    subprocess.run(["cc", *flags, "-o", library, *sorted(sources.glob("*.c"))], check=True)
+    return library
 
 
 def empty(pair: Pair) -> bool:
@@ -66,10 +77,7 @@ def test_one_follows_the_other(pair: Pair, target: Target, tmp_path: Path, monke
     assert (answers(first, UPSERT, records[:300]) == abi.Code.CREATED).all()
 
     def becomes(build: int) -> None:
-        library = tmp_path / f"agent-{build}.so"
-        flags = ["-std=gnu11", "-O2", "-fPIC", "-shared", "-pthread", f"-DAGENT_BUILD={build}"]
-        subprocess.run(["cc", *flags, "-o", library, *sorted(SOURCES.glob("*.c"))], check=True)
-        monkeypatch.setattr(loading, "LIBRARY", library)
+        monkeypatch.setattr(loading, "LIBRARY", built(SOURCES, tmp_path, build))
         monkeypatch.setattr(abi, "BUILD", build)
 
     # A newer one takes over while the older has all it can have to do. What that has not begun it gives back.
@@ -159,4 +167,38 @@ def test_several_at_once(pair: Pair, target: Target) -> None:
             wait_for("what was sent counts", lambda: accepted(clients[1]) == 10_100, 10)
             assert set(final_codes(clients[1], 99).tolist()) == {abi.Code.UPDATED}
     assert clients[0].state == abi.State.READY
+    wait_for("nothing is left", lambda: empty(pair), 10)
+
+
+def test_a_trial_comes_first(pair: Pair, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One session is put in, looked at and taken out; an agent that writes a field to the wrong place is found out."""
+    layout, control = pair.b.layout, pair.b.control
+    records = fnat_records(pair.plan, 500)
+    records["wscale_vs"], records["wscale_rs"], records["sp_delta"] = 7, 9, 4711
+    ops = np.full(len(records), UPSERT, np.uint8)
+    modes = {address: FNAT for address in [target.find("dp_vs_xmit_fnat")] if address is not None}
+    with SessionPool.open(target, layout) as pool:
+        client = load(pair, target)
+        agent = tried_first(client, layout, pool, control, modes)
+        codes = final_codes(client, agent.submit(ops, records))
+        assert (codes == abi.Code.CREATED).all(), np.bincount(codes)
+        by_code = client.counters()["records"]
+        assert by_code["created"] == 501
+        assert by_code["deleted"] == 1
+        assert len(pair.b.sessions()) == 500
+        assert tried_first(client, layout, pool, control, modes).submit(ops, records), "copies stay"
+        assert (answers(client, DELETE, records) == abi.Code.DELETED).all()
+
+        for path in SOURCES.glob("*.[ch]"):
+            text = path.read_text()
+            if path.name == "session.c":
+                right = "put8(AT(conn, dp_vs_conn, wscale_vs), r->wscale_vs)"
+                assert text.count(right) == 1
+                text = text.replace(right, right.replace("r->wscale_vs", "r->wscale_rs"))
+            (tmp_path / path.name).write_text(text)
+        monkeypatch.setattr(loading, "LIBRARY", built(tmp_path, tmp_path, abi.BUILD + 1))
+        monkeypatch.setattr(abi, "BUILD", abi.BUILD + 1)
+        client = load(pair, target)
+        with pytest.raises(TrialFailed, match=r"wscale_vs in memory is 9, not 7$"):
+            tried_first(client, layout, pool, control, modes).submit(ops, records)
     wait_for("nothing is left", lambda: empty(pair), 10)
