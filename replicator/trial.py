@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from collector.conns import from_conns
 from collector.record import (
     AF_INET,
     HASHED,
@@ -32,7 +33,6 @@ from collector.record import (
     UDP_NONE,
     UNKNOWN_MODE,
     Records,
-    from_conns,
 )
 from probes.agent import abi
 from probes.agent.client import AgentClient, AgentRefused, code_name
