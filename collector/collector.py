@@ -13,8 +13,10 @@ Rules:
   few words of each slot with what they were on the walk before; only what differs is read, and an eighth of the rest.
 - A new generation: the slot was free; or its tuple is another; or an event later than the row's birth says that a
   session was made or freed there. The same tuple with other sequence numbers and no event is an update.
-- Sessions with flag INJECTED are copies that we put in for a peer: counted, never in the table. Sessions of one packet
-  are never hashed by DPVS, so they do not get in either.
+- A session with flag INJECTED was put in for a peer. As long as it waits for its first packet it is a copy: counted,
+  not in the table. Once DPVS has moved it on, its packets arrive here: it is ours, and stands in the table like any
+  other. Nothing announces that, nor its end (the probe drops events of such sessions); the scan finds both.
+- Sessions of one packet are never hashed by DPVS, so they do not get in either.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +27,7 @@ import numpy.typing as npt
 
 from . import notes
 from .conns import as_words, conversion
-from .record import UNKNOWN_WORKER, Bools, Records, Slots, Words
+from .record import RECORD, UNKNOWN_WORKER, Bools, Records, Slots, Words
 from .rows import Looks
 from .table import BLOCK, NO_SLOTS, NOTHING, Applied, Bytes, SessionTable, Times, joined
 
@@ -38,12 +40,12 @@ MS, SECOND = 1_000_000, 1_000_000_000
 _COUNTERS = (
     "events", "events_created", "events_freed", "events_unknown_slot", "events_lost", "full_scans",
     "reads", "reads_torn", "created", "updated", "deleted", "renewed_by_event", "found_by_scan",
-    "one_packet", "never_hashed", "malformed", "scan_passes", "scan_late",
+    "one_packet", "never_hashed", "malformed", "adopted", "released", "scan_passes", "scan_late",
 )  # fmt: skip
 
 
 _HEARD = ("events_created", "events_freed", "events_unknown_slot")
-_LOOKS = ("malformed", "one_packet", "never_hashed", "renewed_by_event")
+_LOOKS = ("malformed", "one_packet", "never_hashed", "renewed_by_event", "adopted")
 
 
 class Pool(Protocol):
@@ -274,6 +276,17 @@ class Collector:
             self.counters["events_lost"] += lost - self._lost_before
             self._lost_before = lost
             self.scan_soon()
+
+    def release(self, slots: Slots, now_ns: int) -> None:
+        """Sessions in these slots (distinct) were just turned into copies that wait: they are not ours any more.
+
+        Looked at on the next tick: one that a packet has moved on meanwhile becomes ours anew, with a new claim.
+        """
+        ended = self.table.apply(slots, np.zeros(len(slots), RECORD), np.zeros(len(slots), np.bool_), now_ns)
+        self.counters["released"] += len(ended.deleted)
+        watched = (self._notes[slots] & notes.WATCHED) != 0
+        self._notes[slots] |= np.uint8(notes.WATCHED)
+        self._watch = np.concatenate((self._watch, slots[~watched]))
 
     def _look(self, slots: Slots, now_ns: int) -> tuple[Applied, Slots]:
         """Bring distinct slots into the table; which of them have to be looked at again on the next tick."""

@@ -9,6 +9,9 @@ DPVS holds them: ``fnat_*`` and ``sp_*`` in host order (``struct dp_vs_seq``), `
 ``rs_end_seq`` and ``rs_end_ack`` move with every packet of the real server and serve only the reset at expiry
 (DPVS 1.10.2, ``ip_vs_proto_tcp.c: tcp_out_save_seq, tcp_send_rst``): they travel with a record, but a change of them
 alone is not a change.
+
+``claim`` orders the nodes that say of one session that it is theirs: the higher one is right, and of two equal ones
+that of the higher node id (docs/ownership.md). The table sets it as a session becomes ours; no comparison counts it.
 """
 
 import numpy as np
@@ -22,7 +25,7 @@ RECORD = np.dtype(
             "timeout_ms", "worker", "wscale_vs", "wscale_rs", "pp_version",
             "fnat_isn", "fnat_delta", "fnat_fdata_seq", "fnat_prev_delta",
             "sp_isn", "sp_delta", "sp_fdata_seq", "sp_prev_delta",
-            "rs_end_seq", "rs_end_ack", "pp_sent",
+            "rs_end_seq", "rs_end_ack", "pp_sent", "claim",
         ],
         "formats": [
             "<u4", "<u4", "u1", "u1", "u1", "u1", "<u2", "<u2",
@@ -30,7 +33,7 @@ RECORD = np.dtype(
             "<u4", "u1", "u1", "u1", "u1",
             "<u4", "<u4", "<u4", "<u4",
             "<u4", "<u4", "<u4", "<u4",
-            "<u4", "<u4", "u1",
+            "<u4", "<u4", "u1", "<u4",
         ],
         "offsets": [
             0, 4, 8, 9, 10, 11, 12, 14,
@@ -38,7 +41,7 @@ RECORD = np.dtype(
             88, 92, 93, 94, 95,
             96, 100, 104, 108,
             112, 116, 120, 124,
-            128, 132, 136,
+            128, 132, 136, 140,
         ],
         "itemsize": 144,
     }
@@ -81,7 +84,7 @@ COMPARE[16] = 0
 COMPARE[11] &= ~np.uint64(0xFF << 32)  # worker, byte 92
 # flags: only what outlives the packet being handled; hash and timer bits flicker while DPVS re-hashes.
 COMPARE[1] &= ~np.uint64((HASHED | IN_TIMER | REDIRECT_HASHED) << 48)
-COMPARE[17] = 0xFF  # pp_sent; the rest is padding, which numpy leaves undefined when it copies fields
+COMPARE[17] = 0xFF  # pp_sent; the rest is padding, which numpy leaves undefined when it copies fields, and claim
 _COMPARE_ROWS = np.tile(COMPARE, (2048, 1))  # on rows this short, broadcasting costs twice as much as the operation
 # The words that make up the tuple: af, af_out, proto (word 1, lower bytes), addresses (2..9), ports (10). No session
 # becomes a template, or one of one packet (DPVS sets these flags as it makes one): that is another session too.
@@ -173,6 +176,22 @@ def replicable(records: Records) -> Bools:
     second packet. Both need ways of their own, so the table shows them and no peer gets them.
     """
     return np.asarray((records["flags"] & (TEMPLATE | ONE_PACKET)) == 0)
+
+
+def carried(records: Records) -> Bools:
+    """Which of n sessions were put into a DPVS as copies: they wait there, or were carried on from another node."""
+    return np.asarray((records["flags"] & INJECTED) != 0)
+
+
+def waiting(records: Records) -> Bools:
+    """Which of n sessions of a DPVS are copies that wait there for their first packet.
+
+    The agent makes a copy SYNACK and INACTIVE (TCP) or NONE (``probes/agent/session.c``), and DPVS itself moves it on
+    with the first packet. One that is NONE and TCP is just being made.
+    """
+    states = records["state"]
+    still = (records["proto"] == TCP) & (states == SYNACK) & ((records["flags"] & INACTIVE) != 0)
+    return np.asarray(carried(records) & (still | (states == NONE)))
 
 
 def state_name(proto: int, state: int) -> str:

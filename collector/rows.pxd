@@ -9,6 +9,7 @@ ctypedef unsigned long long u64
 ctypedef long long i64
 
 cdef u64 _AF_INET, _AF_INET6, _TCP, _NONE, _SYN_SENT, _SYN_RECV, _SYNACK, _HASHED, _INJECTED, _ONE_PACKET, _TEMPLATE
+cdef u64 _INACTIVE
 cdef u64 _ANY_MODE, _ANY_WORKER, _CREATE, _HALF, _NEGATIVE, _MODE_BITS, _WORKER_BITS, _PADDING_BITS
 cdef u64 _TIMEOUT_WORKER_BITS, _SECONDS_MAX, _SORT
 cdef u8 _WATCHED, _HEARD, _CHANGED, _ANNOUNCED, _DOUBTED, _COPY
@@ -46,13 +47,14 @@ cdef class Rows:
     cdef u64[::1] row_
     cdef i64[:, ::1] changed
     cdef public bint frozen
+    cdef public u64 claim
     cdef readonly Py_ssize_t created, updated, deleted, marked, more
 
     cpdef begin(self)
     @cython.locals(i=Py_ssize_t, w=Py_ssize_t)
     cpdef apply(self, const u64[:, ::1] new, const i64[:] slots, const u8[:] valid, const u8[:] renewed,
                 const u8[:] worker, const i64[:] since_ns, i64 now_ns)
-    @cython.locals(w=Py_ssize_t, told=u8, fresh=bint, differs=bint, lcore=u64, generation=u64)
+    @cython.locals(w=Py_ssize_t, told=u8, fresh=bint, differs=bint, lcore=u64, generation=u64, claim=u64)
     cdef int one(self, i64 slot, bint valid, bint renewed, u64 worker, i64 since_ns, i64 now_ns) except -1
 
 cdef class Looks:
@@ -61,7 +63,7 @@ cdef class Looks:
     cdef u8[::1] notes, lcore
     cdef i64[::1] since_ns, until_ns
     cdef readonly i64 events_created, events_freed, events_unknown_slot
-    cdef readonly i64 malformed, one_packet, never_hashed, renewed_by_event, copies
+    cdef readonly i64 malformed, one_packet, never_hashed, renewed_by_event, copies, adopted
 
     @cython.locals(i=Py_ssize_t, k=Py_ssize_t, slot=i64, time_ns=i64, tid=u64, created=bint, note=u8, lcore=u64,
                    found=Py_ssize_t)
@@ -71,8 +73,10 @@ cdef class Looks:
     cpdef Py_ssize_t look(self, const u8[:] whole, const i64[:] slots, i64 now_ns, i64 young_ns,
                           i64[::1] again) except -1
     @cython.locals(rows=Rows, record=Conversion, head=u64, flags=u64, note=u8, present=bint, known=bint, copy=bint, valid=bint, gone=bint,
-                   sure=bint, awaited=bint, renewed=bint, since=i64, left=u8)
+                   sure=bint, awaited=bint, renewed=bint, since=i64, left=u8, born=Py_ssize_t)
     cdef int _one(self, Py_ssize_t i, i64 slot, i64 now_ns, i64 young_ns) except -1
+    @cython.locals(head=u64, state=u64)
+    cdef bint _waiting(self)
     cdef bint _family(self, u64 number)
     @cython.locals(record=Conversion, state=u64)
     cdef bint _unsettled(self)

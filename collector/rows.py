@@ -28,6 +28,7 @@ I64 = npt.NDArray[np.int64]
 _AF_INET, _AF_INET6, _TCP = record.AF_INET, record.AF_INET6, record.TCP
 _NONE, _SYN_SENT, _SYN_RECV, _SYNACK = record.NONE, record.SYN_SENT, record.SYN_RECV, record.SYNACK
 _HASHED, _INJECTED, _ONE_PACKET, _TEMPLATE = record.HASHED, record.INJECTED, record.ONE_PACKET, record.TEMPLATE
+_INACTIVE = record.INACTIVE
 _ANY_MODE, _ANY_WORKER = record.UNKNOWN_MODE, record.UNKNOWN_WORKER
 _WATCHED, _HEARD, _CHANGED = notes.WATCHED, notes.HEARD, notes.CHANGED
 _ANNOUNCED, _DOUBTED, _COPY = notes.ANNOUNCED, notes.DOUBTED, notes.COPY
@@ -142,6 +143,7 @@ class Rows:
         self.words, self.present, self.shared, self.born_ns, self.compare = words, present, shared, born_ns, compare
         self.row_, self.changed, self.fresh = row, changed, fresh
         self.frozen = False
+        self.claim = 0  # of what becomes ours; one more where it was carried on from another node
         self.created = self.updated = self.deleted = self.marked = self.more = 0
 
     def begin(self) -> None:
@@ -191,8 +193,9 @@ class Rows:
                     differs = True
                 if not differs:
                     return False
-            generation = self.words[slot, 0] >> 32
+            generation, claim = self.words[slot, 0] >> 32, self.words[slot, 17] >> 32
             if fresh:
+                claim = self.claim + 1 if (self.row_[1] >> 48) & _INJECTED else self.claim
                 generation = (generation + 1) & _HALF
                 if generation == 0:  # after 2**32 sessions in one slot: 0 stays "never used"
                     generation = 1
@@ -200,7 +203,8 @@ class Rows:
                 self.words[slot, w] = self.row_[w]
             self.words[slot, 0] = (generation << 32) | slot
             self.words[slot, 11] = (self.row_[11] & ~_WORKER_BITS) | (lcore << 32)
-            self.words[slot, 17] = self.row_[17] & ~_PADDING_BITS  # rubbish in it would go out to peers
+            # Rubbish in the padding would go out to peers.
+            self.words[slot, 17] = (self.row_[17] & ~_PADDING_BITS) | (claim << 32)
             self.shared[slot] = not (self.row_[1] >> 48) & (_TEMPLATE | _ONE_PACKET)  # record.replicable
             if fresh:
                 self.born_ns[slot] = now_ns
@@ -230,7 +234,7 @@ class Looks:
         self.rows, self.conversion = rows, conversion
         self.notes, self.since_ns, self.until_ns, self.lcore = notes, since_ns, until_ns, lcore
         self.events_created = self.events_freed = self.events_unknown_slot = 0
-        self.malformed = self.one_packet = self.never_hashed = self.renewed_by_event = self.copies = 0
+        self.malformed = self.one_packet = self.never_hashed = self.renewed_by_event = self.copies = self.adopted = 0
 
     def hear(self, events: U64, slots: I64, tids: U32, lcores: U8, heard: I64) -> int:
         """Note what n events, (n, 4) of dtype EVENT, say of their slots; how many distinct slots they name.
@@ -290,7 +294,7 @@ class Looks:
         note = self.notes[slot]
         present = rows.present[slot]
         known = self._family(head & 0xFF) and self._family((head >> 8) & 0xFF)
-        copy = flags & _HASHED and flags & _INJECTED
+        copy = flags & _HASHED and self._waiting()
         valid = flags & _HASHED and not copy and known
         if flags & _HASHED and not known:
             self.malformed += 1
@@ -310,8 +314,11 @@ class Looks:
             since = self.since_ns[slot]
             if renewed and present and valid:
                 self.renewed_by_event += 1
+            born = rows.created
             if rows.one(slot, valid, renewed, self.lcore[slot], since if since else now_ns, now_ns) and valid:
                 self.until_ns[slot] = now_ns + young_ns
+                if flags & _INJECTED and rows.created != born:
+                    self.adopted += 1
 
         if note & _COPY:
             self.copies -= 1
@@ -330,6 +337,16 @@ class Looks:
         if (gone and not sure) or awaited:
             return True
         return valid and self.until_ns[slot] > now_ns and self._unsettled()
+
+    def _waiting(self) -> bool:
+        """``record.waiting``."""
+        head = self.conversion.out[1]
+        if not (head >> 48) & _INJECTED:
+            return False
+        state = (head >> 32) & 0xFFFF
+        if state == _NONE:
+            return True
+        return bool((head >> 16) & 0xFF == _TCP and state == _SYNACK and (head >> 48) & _INACTIVE != 0)
 
     def _family(self, number: int) -> bool:
         return number in (_AF_INET, _AF_INET6)

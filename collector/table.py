@@ -9,6 +9,8 @@ Rules:
 - A row is stored when it is new or has changed (``record.changed``); what moves with every packet does not touch it.
   So a peer that was told everything holds exactly these rows.
 - Templates and sessions of one packet stand in the table but are not shared with peers (``record.replicable``).
+- A row that becomes ours is stamped with a claim: above all that peers were heard to claim if it was their session
+  until now (flag INJECTED), else equal to the highest of them. It keeps its claim for as long as it is ours.
 - ``freeze()`` stops all change for good: sessions of a process that died are not sessions that ended.
 """
 
@@ -24,6 +26,7 @@ from .rows import Marks, Rows
 
 _WINDOW = 1 << 13  # marks looked at in one step for what a full sync owes
 _FEW = 32  # pieces of a queue that are left as they came
+MAX_CLAIM = (1 << 32) - 2
 
 Times = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -246,6 +249,15 @@ class SessionTable:
     def freeze(self) -> None:
         """Keep the table as it is from now on; ``apply`` does nothing more."""
         self.frozen = self.rows_.frozen = True
+
+    @property
+    def claim(self) -> int:
+        """The highest that was heard of any peer."""
+        return int(self.rows_.claim)
+
+    def hear(self, claim: int) -> None:
+        """A peer claims a session with that much: what becomes ours from now on is not below it."""
+        self.rows_.claim = max(self.claim, min(claim, MAX_CLAIM))
 
     def sessions(self) -> Records:
         """All present records, (n,), by slot; a copy."""

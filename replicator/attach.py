@@ -38,6 +38,8 @@ from replicator.keys import KEYS_DIRECTORY
 from replicator.link import LinkSettings, Receiver, Sender
 from replicator.links import Links, Outbound, reach_any
 from replicator.node import Node, Parts
+from replicator.ownership import Ownership
+from replicator.promotion import Policy, Promotion
 from replicator.replica import Replicas
 from replicator.rundir import RunDir
 from replicator.seal import Party
@@ -79,6 +81,7 @@ class Options:
     peers: tuple[Where, ...] = ()
     listen: Where | None = None
     inject: bool = True
+    policy: Policy = Policy.INJECT
     node: str | None = None
     run_dir: RunDir = field(default_factory=RunDir)
     layout: str | None = None
@@ -215,11 +218,15 @@ class _Attachment:
             client = loading.load(target, layout, control)
             stack.callback(_retire, client, target)
             log.info("agent %s is in DPVS, peers' sessions will be put in", client.door.version)
-            injector = Injector(tried_first(client, layout, pool, control, modes), lambda: replicas)
             await asyncio.sleep(0)
 
         table = SessionTable(pool.slots)
         collector = Collector(pool, probes.ring(), table, modes=modes, workers=target.workers(), lost=probes.lost)
+        if client is not None:
+            ownership = Ownership(table, me.node_id, collector.release)
+            promotion = Promotion(options.policy)
+            agent = tried_first(client, layout, pool, control, modes)
+            injector = Injector(agent, lambda: replicas, ownership=ownership, promotion=promotion)
         outbound = [
             Outbound(dialer, Sender(table, table.add_peer(dialer.address), me, options.link), CLOCK)
             for dialer in dialers

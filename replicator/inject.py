@@ -9,6 +9,8 @@ Rules
   died.
 - What DPVS refuses for now (service, real server or address not there yet, port in use) is tried again with the
   refresh. What it will never take is tried again only when the session changes. Every refusal is counted by its reason.
+- Under the policy ``promote`` nothing of that happens until the node is promoted (``promotion.py``).
+- A session that this node has too is its owner's or ours (``ownership.py``). If it is theirs, ours is made to wait.
 - The agent is asked from one thread of our own: DPVS's control socket may be slow, and nothing here may wait for it.
 """
 
@@ -41,12 +43,17 @@ from collector.record import (
     Bools,
     Records,
     Slots,
+    carried,
+    pick,
     words,
 )
 from collector.table import Dirty
 from probes.agent import abi
 from probes.agent.client import AgentAbsent, AgentBusy, AgentRefused, code_name
 from probes.errors import DpvsProbeError
+
+from .ownership import THEIRS, UNKNOWN, Ownership
+from .promotion import SAMPLE, Promotion
 
 REFRESH_NS = 10_000_000_000
 MIN_COPY_TIMEOUT_MS = 30_000  # three refreshes, for states that DPVS itself would drop sooner
@@ -138,15 +145,18 @@ class _Copies:
     has: Bools = field(init=False)
     retry: Bools = field(init=False)
     waits: Bools = field(init=False)  # changed while an operation was under way
+    contested: Bools = field(init=False)  # DPVS has it too, and it is theirs
+    offer: Bools = field(init=False)  # was there at the promotion, and DPVS has not been asked since
     busy: npt.NDArray[np.uint8] = field(init=False)  # operations under way
     code: npt.NDArray[np.uint8] = field(init=False)  # the last answer
     cursor: int = 0
     refreshed_ns: int = 0
+    refused: int = 0  # at the last look, while a promotion goes on
 
     def __post_init__(self) -> None:
         n = self.replica.slots
         self.installed = np.zeros((n, _LAST - _FIRST), np.uint64)
-        self.has, self.retry, self.waits = (np.zeros(n, np.bool_) for _ in range(3))
+        self.has, self.retry, self.waits, self.contested, self.offer = (np.zeros(n, np.bool_) for _ in range(5))
         self.busy, self.code = np.zeros(n, np.uint8), np.zeros(n, np.uint8)
 
 
@@ -183,8 +193,13 @@ class Injector:
         *,
         refresh_ns: int = REFRESH_NS,
         executor: Executor | None = None,
+        ownership: Ownership | None = None,
+        promotion: Promotion | None = None,
     ) -> None:
         self._agent = agent
+        self.promotion = promotion or Promotion()
+        self._ownership = ownership
+        self._now_ns = 0
         self._replicas = replicas
         self._refresh_ns = refresh_ns
         self._executor = executor or ThreadPoolExecutor(1, "inject")
@@ -198,6 +213,7 @@ class Injector:
 
     def tick(self, now_ns: int) -> None:
         """Take in what the agent answered, send it what changed, and refresh a part of the rest."""
+        self._now_ns = now_ns
         self._collect(now_ns)
         current: dict[int, Origin] = {id(replica): replica for replica in self._replicas()}
         for key in self._copies.keys() - current.keys() - self._orphans.keys():
@@ -207,6 +223,8 @@ class Injector:
                 current[key] = orphans
             else:
                 del self._orphans[key], self._copies[key]
+        if self.promotion.retry_due(now_ns):
+            self._retry_refused()
         for key, replica in current.items():
             copies = self._copies.get(key)
             if copies is None:
@@ -217,6 +235,47 @@ class Injector:
             if self._room():
                 self._send(copies, replica.pending.take(self._room() // 2))
             self._refresh(copies, now_ns)
+
+    def promote(self, now_ns: int) -> None:
+        """Everything that peers have is to be in DPVS, as soon as it takes it."""
+        self.promotion.promote(now_ns)
+        for c in self._copies.values():
+            c.offer[:] = c.replica.present
+            c.refused = 0
+            c.replica.pending.mark(np.flatnonzero(c.offer))
+
+    def demote(self) -> None:
+        """Under the policy ``promote``: copies that wait are taken out, and no more go in."""
+        self.promotion.demote()
+        if not self.promotion.puts_in:
+            for c in self._copies.values():
+                c.offer[:] = False
+                c.replica.pending.mark(np.flatnonzero(c.has))
+
+    def progress(self) -> dict[str, Any]:
+        """How far the last promotion or demotion is: ``waiting`` sessions that DPVS was not asked about yet, how many
+        stand there, and how many it refused by reason.
+        """
+        refused: npt.NDArray[np.int64] = np.zeros(64, np.int64)
+        for c in self._copies.values():
+            at = c.replica.present & ~c.has & (c.code >= abi.RETRYABLE)
+            refused += np.bincount(c.code[at], minlength=64)[:64]
+        offers = sum(int(np.count_nonzero(c.offer)) for c in self._copies.values())
+        withdrawn = 0 if self.promotion.puts_in else self.installed()
+        return {
+            "role": self.promotion.role,
+            "waiting": offers + withdrawn,
+            "installed": self.installed(),
+            "refused": {code_name(int(code)): int(refused[code]) for code in np.flatnonzero(refused)},
+            "retrying": sum(int(np.count_nonzero(c.retry)) for c in self._copies.values()),
+        }
+
+    def _retry_refused(self) -> None:
+        for c in self._copies.values():
+            slots = np.flatnonzero(c.retry & (c.busy == 0))
+            helped = len(slots) < c.refused
+            c.refused = len(slots)
+            c.replica.pending.mark(slots if helped else slots[:SAMPLE])
 
     def idle(self) -> bool:
         """Nothing is under way (changes may still wait in the replicas)."""
@@ -234,6 +293,8 @@ class Injector:
     def counters(self) -> dict[str, Any]:
         """What happened so far, for status and metrics."""
         return {
+            "policy": self.promotion.policy.value,
+            "role": self.promotion.role,
             "installed": self.installed(),
             "requests": self.requests,
             "agent_busy": self.busy_answers,
@@ -241,6 +302,7 @@ class Injector:
             "under_way": sum(len(b.slots) for b in self._batches),
             "results": {code_name(int(c)): int(self.by_code[c]) for c in np.flatnonzero(self.by_code)},
             "stopped": str(self.stopped) if self.stopped else None,
+            "contested": dict(self._ownership.counters) if self._ownership else {},
         }
 
     def close(self) -> None:
@@ -314,6 +376,7 @@ class Injector:
         c, slots = batch.copies, batch.slots
         self.by_code += np.bincount(codes, minlength=64)[:64]
         c.code[slots] = codes
+        c.offer[slots] = False
         upsert = batch.ops == abi.RecordOp.UPSERT
         delete = batch.ops == abi.RecordOp.DELETE
         gone = delete & np.isin(codes, (abi.Code.DELETED, abi.Code.ABSENT, abi.Code.LIVE, abi.Code.FOREIGN))
@@ -326,7 +389,34 @@ class Injector:
         later = (codes >= abi.RETRYABLE) & (codes < abi.PERMANENT)
         c.retry[slots[upsert | delete]] = later[upsert | delete]
         c.waits[slots[delete & later]] = True  # a delete that did not work: look again
+        if self._ownership is not None:
+            self._weigh(self._ownership, batch, codes)
         self._release(batch)
+
+    def _weigh(self, ownership: Ownership, batch: _Batch, codes: npt.NDArray[np.uint8]) -> None:
+        """What the answers say of sessions that two nodes have."""
+        c, slots, node_id = batch.copies, batch.slots, batch.copies.replica.node_id
+        upsert, give = batch.ops == abi.RecordOp.UPSERT, batch.ops == abi.RecordOp.YIELD
+        both = np.flatnonzero(upsert & np.isin(codes, (abi.Code.LIVE, abi.Code.FOREIGN)))
+        if len(both):
+            verdict = ownership.contested(pick(batch.records, both), node_id)
+            theirs = slots[both[verdict == THEIRS]]
+            c.contested[theirs] = c.waits[theirs] = True
+            c.retry[slots[both[verdict == UNKNOWN]]] = True  # the table does not say yet
+        again = upsert & (codes == abi.Code.UPDATED)
+        if len(self._copies) > 1 and again.any():
+            ownership.moved(pick(batch.records, again), node_id, self._now_ns)
+        later = (codes >= abi.RETRYABLE) & (codes < abi.PERMANENT)
+        c.retry[slots[give & later]] = True
+        done = np.flatnonzero(give & np.isin(codes, (abi.Code.YIELDED, abi.Code.ABSENT)))
+        if len(done):
+            yielded = codes[done] == abi.Code.YIELDED
+            ownership.released(pick(batch.records, done), self._now_ns, yielded=int(np.count_nonzero(yielded)))
+            if not self.promotion.puts_in:
+                return  # it is left to end: packets that still come here would be reset without it
+            at = slots[done]
+            c.installed[at[yielded]] = words(pick(batch.records, done[yielded]))[:, _FIRST:_LAST]
+            c.has[at[yielded]] = c.waits[at] = True  # the next look puts it in, refreshes it or takes it out
 
     def _send(self, c: _Copies, slots: Slots) -> None:
         """Bring DPVS to what the replica says of these slots: delete what was, then make what is."""
@@ -336,17 +426,38 @@ class Injector:
         if len(slots) == 0:
             return
         records = c.replica.records[slots]
-        want = c.replica.present[slots] & injectable(records)
+        want = c.replica.present[slots] & injectable(records) & self.promotion.puts_in
+        c.offer[slots[~want]] = False
         same = ~((words(records)[:, _FIRST:_LAST] ^ c.installed[slots]) & _TUPLE).any(axis=1)
         delete = c.has[slots] & ~(want & same)
+        give = np.zeros(len(slots), np.bool_)
+        if self._ownership is not None:
+            give = self._contest(self._ownership, c, slots, records, c.has[slots] & same)
+            want &= ~give
         c.retry[slots[~want]] = False
         pairs = np.zeros((len(slots), 2), RECORD)
         pairs[:, 0] = self._standing(c, slots)
         records["timeout_ms"] = np.maximum(records["timeout_ms"], MIN_COPY_TIMEOUT_MS)
         pairs[:, 1] = records
-        chosen = np.column_stack((delete, want)).ravel()
-        ops = np.tile(np.array([abi.RecordOp.DELETE, abi.RecordOp.UPSERT], np.uint8), len(slots))[chosen]
-        self._submit(c, np.repeat(slots, 2)[chosen], ops, pairs.ravel()[chosen])
+        if self._ownership is not None and delete.any():
+            ended = np.flatnonzero(delete & ~(want | give))
+            stay = ended[self._ownership.stay(words(pairs[ended, 0]), c.replica.node_id, self._now_ns)]
+            delete[stay] = c.has[slots[stay]] = False
+        chosen = np.column_stack((delete, want | give)).ravel()
+        ops = np.full((len(slots), 2), abi.RecordOp.DELETE, np.uint8)
+        ops[:, 1] = np.where(give, abi.RecordOp.YIELD, abi.RecordOp.UPSERT)
+        self._submit(c, np.repeat(slots, 2)[chosen], ops.ravel()[chosen], pairs.ravel()[chosen])
+
+    def _contest(self, ownership: Ownership, c: _Copies, slots: Slots, records: Records, stands: Bools) -> Bools:
+        """Which of n sessions of a peer stand in our table too, and are theirs. ``stands``: a copy of it is here."""
+        present = c.replica.present[slots]
+        ownership.hear(records[present])
+        check = np.flatnonzero(present & ((carried(records) & ~stands) | c.contested[slots]))
+        c.contested[slots] = False
+        give = np.zeros(len(slots), np.bool_)
+        if len(check):
+            give[check] = ownership.judge(pick(records, check), c.replica.node_id) == THEIRS
+        return give
 
     @staticmethod
     def _standing(c: _Copies, slots: Slots) -> Records:

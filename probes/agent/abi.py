@@ -54,6 +54,7 @@ class RecordOp(IntEnum):
     UPSERT = 1
     DELETE = 2
     CHECK = 3
+    YIELD = 4
 
 
 class Code(IntEnum):
@@ -67,6 +68,7 @@ class Code(IntEnum):
     LIVE = 5
     FOREIGN = 6
     WAITING = 7
+    YIELDED = 8
     NO_SERVICE = 16
     NO_DEST = 17
     NO_LADDR = 18

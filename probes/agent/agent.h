@@ -28,7 +28,7 @@ extern struct agent_results agent_results;
 /* DPVS's own numbers: 1.10.2, include/conf/common.h, include/ipvs/proto_tcp.h, include/conf/conn.h, include/ctrl.h. The
  * error codes are the ones its table of messages knows. */
 enum { EDPVS_OK = 0, EDPVS_INVAL = -1, EDPVS_EXIST = -3, EDPVS_BUSY = -13, EDPVS_DISABLED = -18 };
-enum { TCP_ESTABLISHED = 1, TCP_CLOSE = 6, TCP_SYNACK = 10, UDP_NONE = 0, UDP_NORMAL = 2 };
+enum { TCP_NONE = 0, TCP_ESTABLISHED = 1, TCP_SYN_SENT = 2, TCP_CLOSE = 6, TCP_SYNACK = 10, UDP_NONE = 0, UDP_NORMAL = 2 };
 enum { F_SYNPROXY = 0x10, F_INACTIVE = 0x200, F_TEMPLATE = 0x400, F_ONE_PACKET = 0x800, F_INJECTED = 0x8000 };
 enum { FWD_NAT = 0, FWD_TUNNEL = 2, FWD_DR = 3, FWD_FNAT = 5 };
 enum { SA_F_USED = 1, MSG_F_ASYNC = 1, MSG_UNICAST = 1, MSG_PRIO_HIGH = 1, STATE_NORMAL = 3 };
@@ -109,6 +109,7 @@ uint8_t check_record(const struct agent_record *r);
 static inline bool without_owner(const struct agent_record *r) { return r->fwdmode != FWD_FNAT; }
 uint8_t upsert_session(const struct agent_record *r, unsigned lcore);
 uint8_t delete_session(const struct agent_record *r);
+uint8_t yield_session(const struct agent_record *r);
 uint64_t address_of_session(const struct agent_record *r); /* 0: there is none */
 uint8_t look_at_session(const struct agent_record *r);
 /* Ends a copy that waits; with `answers`, also one that is live by what the real server sent. */

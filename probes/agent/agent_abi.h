@@ -161,7 +161,7 @@ enum agent_state {
 /* TRIAL is a BATCH that makes or updates one session at most, and says where it is (agent_result.conn). */
 enum agent_op { AGENT_HELLO = 1, AGENT_BATCH = 2, AGENT_RETIRE = 3, AGENT_REVIVE = 4, AGENT_TRIAL = 5 };
 /* CHECK looks at the copies of a session and puts nothing in: where one of several carries traffic, the others go. */
-enum agent_record_op { AGENT_UPSERT = 1, AGENT_DELETE = 2, AGENT_CHECK = 3 };
+enum agent_record_op { AGENT_UPSERT = 1, AGENT_DELETE = 2, AGENT_CHECK = 3, AGENT_YIELD = 4 };
 
 /* What became of one record. Below 16: done or rightly left alone; 16 to 31: may work later; from 32: never will. */
 enum agent_code {
@@ -173,6 +173,7 @@ enum agent_code {
 	CODE_LIVE = 5,
 	CODE_FOREIGN = 6,
 	CODE_WAITING = 7,
+	CODE_YIELDED = 8,
 	CODE_NO_SERVICE = 16,
 	CODE_NO_DEST = 17,
 	CODE_NO_LADDR = 18,
@@ -281,7 +282,8 @@ struct agent_record {
 	uint8_t worker, wscale_vs, wscale_rs, pp_version;
 	struct agent_seq fnat, sp;
 	uint32_t rs_end_seq, rs_end_ack;
-	uint8_t pp_sent, reserved[7];
+	uint8_t pp_sent, reserved[3];
+	uint32_t claim; /* between nodes; nothing to the agent */
 };
 _Static_assert(sizeof(struct agent_record) == 144, "agent_record");
 

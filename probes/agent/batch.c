@@ -129,6 +129,9 @@ static uint8_t work_on(struct request_slot *request, unsigned n, unsigned lcore)
 	case AGENT_DELETE:
 		code = delete_session(r);
 		break;
+	case AGENT_YIELD:
+		code = yield_session(r);
+		break;
 	default:
 		code = look_at_session(r);
 	}
@@ -412,7 +415,8 @@ static int accept_batch(const struct agent_request *head, const uint8_t *ops, co
 	for (i = 0; i < head->count; i++) {
 		uint8_t code = check_record(&request->records[i]);
 
-		if (!code && ops[i] != AGENT_UPSERT && ops[i] != AGENT_DELETE && ops[i] != AGENT_CHECK)
+		if (!code && ops[i] != AGENT_UPSERT && ops[i] != AGENT_DELETE && ops[i] != AGENT_CHECK &&
+		    ops[i] != AGENT_YIELD)
 			code = CODE_BAD_RECORD;
 		owner[i] = code ? -1 : (int8_t)owner_of(&request->records[i]);
 		if (owner[i] < 0) {

@@ -409,6 +409,8 @@ uint8_t merge_codes(uint64_t seen)
 		return CODE_LIVE;
 	if (failed) /* the worst: what will never work before what may */
 		return (uint8_t)(63 - __builtin_clzll(failed));
+	if (seen & 1ull << CODE_YIELDED)
+		return CODE_YIELDED;
 	if (seen & 1ull << CODE_FOREIGN)
 		return CODE_FOREIGN;
 	if (seen & 1ull << CODE_WAITING)
@@ -418,4 +420,44 @@ uint8_t merge_codes(uint64_t seen)
 	if (seen & 1ull << CODE_CREATED)
 		return CODE_CREATED;
 	return seen & 1ull << CODE_DELETED ? CODE_DELETED : CODE_ABSENT;
+}
+
+/* Another node has the packets of this session now: what stands here becomes a copy that waits. It ends in silence, and
+ * its first packet makes it live again, so nothing is lost if that node is wrong. The record names the session and tells
+ * for how long to keep it; all else of it is what DPVS knows. */
+uint8_t yield_session(const struct agent_record *r)
+{
+	int direction;
+	void *conn = find(r, &direction), *dest;
+	struct timeval *timeout;
+	uint16_t flags, state;
+
+	if (!conn)
+		return CODE_ABSENT;
+	flags = get16(AT(conn, dp_vs_conn, flags));
+	state = get16(AT(conn, dp_vs_conn, state));
+	dest = getp(AT(conn, dp_vs_conn, dest));
+	if (direction != 0 || !dest || (flags & (F_TEMPLATE | F_ONE_PACKET))) {
+		dpvs.dp_vs_conn_put_no_reset(conn);
+		return CODE_FOREIGN;
+	}
+	if (r->proto == IPPROTO_TCP && (state == TCP_NONE || state == TCP_SYN_SENT)) {
+		/* it holds packets of its handshake: DPVS 1.10.2, src/ipvs/ip_vs_synproxy.c */
+		dpvs.dp_vs_conn_put_no_reset(conn);
+		return CODE_BUSY;
+	}
+	if (!(flags & F_INACTIVE)) {
+		/* as where DPVS leaves ESTABLISHED: 1.10.2, src/ipvs/ip_vs_proto_tcp.c: tcp_state_trans */
+		__atomic_fetch_sub((uint32_t *)AT(dest, dp_vs_dest, actconns), 1, __ATOMIC_SEQ_CST);
+		__atomic_fetch_add((uint32_t *)AT(dest, dp_vs_dest, inactconns), 1, __ATOMIC_SEQ_CST);
+	}
+	/* flags first: who reads this memory meanwhile sees a session that was carried on, and not one that is opening */
+	put16(AT(conn, dp_vs_conn, flags), flags | F_INACTIVE | F_INJECTED);
+	put16(AT(conn, dp_vs_conn, state), r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NONE);
+	put16(AT(conn, dp_vs_conn, old_state), r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NONE);
+	timeout = AT(conn, dp_vs_conn, timeout);
+	timeout->tv_sec = r->timeout_ms / 1000 ? r->timeout_ms / 1000 : 1;
+	timeout->tv_usec = 0;
+	dpvs.dp_vs_conn_put(conn);
+	return CODE_YIELDED;
 }

@@ -157,8 +157,8 @@ class Node(ABC):
     def alive(self) -> bool:
         return self.process is not None and self.process.alive
 
-    def start(self, services: list[Service]) -> None:
-        """Start the DPVS and wait until it answers; services included."""
+    def start(self, services: list[Service] | None) -> None:
+        """Start the DPVS and wait until it answers; addresses and services included, unless it is to have none yet."""
         if self.alive:
             raise LabError(f"node {self.name} runs already")
         for leftover in (self.ipc, self.pid_file):
@@ -179,7 +179,8 @@ class Node(ABC):
             return self.ipc.exists() and self.pid_file.exists() and bool(self.pid_file.read_text().strip())
 
         wait_for(f"node {self.name} up ({log})", up, self.start_timeout_s, 0.05)
-        self.configure(services)
+        if services is not None:
+            self.configure(services)
 
     def kill(self) -> None:
         """kill -9, as a machine dies."""

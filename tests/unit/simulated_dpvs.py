@@ -70,6 +70,21 @@ class SimulatedDpvs:
         self.unhash(slot)
         self._event(slot, 2, tid, int(self.conns["flags"][slot]))
 
+    def inject(self, slot: int, client: int) -> None:
+        """What the agent does: a copy that waits for its first packet."""
+        self.create(slot, client, flags=record.INJECTED)
+        self.wait(slot)
+
+    def wait(self, slot: int) -> None:
+        """A session is made to wait: what the agent does to one that another node has."""
+        self.conns["flags"][slot] |= record.INJECTED | record.INACTIVE
+        self.conns["state"][slot] = record.SYNACK if self.conns["proto"][slot] == record.TCP else record.NONE
+
+    def wake(self, slot: int) -> None:
+        """A packet of a session that waits."""
+        self.conns["flags"][slot] &= 0xFFFF ^ record.INACTIVE
+        self.conns["state"][slot] = record.ESTABLISHED
+
     def establish(self, slot: int, delta: int = 77) -> None:
         self.conns["state"][slot] = record.ESTABLISHED
         self.conns["fnat_seq_delta"][slot] = delta
@@ -127,6 +142,6 @@ class SimulatedDpvs:
 
     def expected(self) -> Records:
         """The records of the sessions that a table must hold, in order of slots."""
-        flags = self.conns["flags"]
-        slots = np.flatnonzero(((flags & record.HASHED) != 0) & ((flags & record.INJECTED) == 0))
-        return from_conns(self.conns[slots], slots, MODES)
+        slots = np.flatnonzero((self.conns["flags"] & record.HASHED) != 0)
+        records = from_conns(self.conns[slots], slots, MODES)
+        return records[~record.waiting(records)]

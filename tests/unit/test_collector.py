@@ -418,6 +418,91 @@ def test_a_frozen_table_keeps_the_sessions_of_a_dead_process(node: Node) -> None
     assert node.table.count == 1
 
 
+class TestCarriedOn:
+    """Copies that wait, and what becomes of them when packets come."""
+
+    def test_a_copy_with_packets_is_ours_within_one_scan(self, node: Node) -> None:
+        node.table.hear(41)
+        node.dpvs.inject(3, 7)
+        node.collector.scan_all(node.dpvs.clock())
+        assert (node.table.count, node.collector.copies, node.taken()) == (0, 1, [])
+        node.dpvs.wake(3)
+        node.collector.scan_all(node.dpvs.clock())
+        assert (node.table.count, node.collector.copies, node.taken()) == (1, 0, [3])
+        assert (node.table.records["claim"][3], node.collector.counters["adopted"]) == (42, 1)
+
+    def test_without_a_look_at_everything(self) -> None:
+        """A walk that compares words only, in a pool that is large and full."""
+        slots = 1 << 12
+        node = Node(slots=slots, thorough_each=1 << 20)
+        for slot in range(slots):
+            node.dpvs.inject(slot, slot)
+        node.started()
+        node.collector.scan(node.dpvs.clock(0))
+        for udp in (5, 9):
+            node.dpvs.conns["proto"][udp], node.dpvs.conns["state"][udp] = record.UDP, record.UDP_NONE
+        for _ in range(2):  # the second finds nothing that differs
+            node.collector.scan(node.dpvs.clock(SECOND))
+        reads = node.collector.counters["reads"]
+        node.dpvs.wake(THOROUGH_BLOCK + 1)
+        node.dpvs.conns["state"][9] = record.UDP_ONEWAY
+        node.collector.scan(node.dpvs.clock(SECOND))
+        assert np.flatnonzero(node.table.present).tolist() == [9, THOROUGH_BLOCK + 1]
+        assert node.collector.counters["reads"] - reads < slots // 2
+
+    def test_its_end_is_found(self, node: Node) -> None:
+        node.dpvs.inject(3, 7)
+        node.dpvs.wake(3)
+        node.collector.scan_all(node.dpvs.clock())
+        assert node.table.count == 1
+        node.dpvs.free(3)  # which the probe does not tell
+        node.collector.scan_all(node.dpvs.clock())
+        node.tick()
+        assert node.table.count == 0
+
+    def test_one_that_is_made_to_wait_leaves(self, node: Node) -> None:
+        node.dpvs.create(3, 7)
+        node.dpvs.establish(3)
+        node.tick()
+        node.dpvs.wait(3)
+        node.collector.scan_all(node.dpvs.clock())
+        assert (node.table.count, node.collector.copies) == (0, 1)
+
+    def test_one_that_woke_before_anybody_looked_has_a_new_claim(self, node: Node) -> None:
+        node.dpvs.create(3, 7)
+        node.dpvs.establish(3)
+        node.tick()
+        node.table.hear(5)
+        assert (node.generation(3), node.table.records["claim"][3]) == (1, 0)
+        node.dpvs.wait(3)
+        node.dpvs.wake(3)
+        node.collector.release(np.array([3]), node.dpvs.clock())
+        assert node.table.count == 0
+        node.tick()
+        assert (node.generation(3), node.table.records["claim"][3]) == (2, 6)
+        assert node.collector.counters["released"] == 1
+
+    def test_the_agent_is_still_making_it(self, node: Node) -> None:
+        node.dpvs.create(3, 7, flags=record.INJECTED)  # hashed, and NONE for a moment
+        node.collector.scan_all(node.dpvs.clock())
+        assert node.table.count == 0
+
+
+def test_a_claim_stays_as_long_as_the_session(node: Node) -> None:
+    node.table.hear(3)
+    node.dpvs.create(3, 7)
+    node.tick()
+    node.table.hear(9)
+    node.table.hear(8)
+    node.dpvs.establish(3)
+    node.tick()
+    assert node.table.records["claim"][3] == 3
+    node.dpvs.free(3)
+    node.dpvs.create(3, 7)
+    node.tick()
+    assert node.table.records["claim"][3] == 9
+
+
 SLOTS = st.integers(0, 7)
 
 
@@ -456,6 +541,16 @@ class Histories(RuleBasedStateMachine):
     def packets(self, slot: int, state: int, delta: int) -> None:
         self.dpvs.conns["state"][slot] = state
         self.dpvs.conns["fnat_seq_delta"][slot] = delta
+
+    @rule(slot=SLOTS)
+    def give_away(self, slot: int) -> None:
+        if self._hashed(slot):
+            self.dpvs.wait(slot)
+            self.node.collector.release(np.array([slot]), self.dpvs.clock())
+
+    @rule(slot=SLOTS)
+    def wake(self, slot: int) -> None:
+        self.dpvs.wake(slot)
 
     @rule(slot=SLOTS)
     def tear(self, slot: int) -> None:

@@ -18,6 +18,7 @@ from collector.record import (
     ESTABLISHED,
     FIN_WAIT,
     FNAT,
+    INJECTED,
     NAT,
     RECORD,
     SNAT,
@@ -29,10 +30,13 @@ from collector.record import (
     Records,
     Slots,
 )
+from collector.table import SessionTable
 from probes.agent.abi import MAX_RECORDS, MAX_REQUESTS, Code, RecordOp
 from probes.agent.client import AgentBusy, AgentRefused
 from probes.errors import DpvsProbeError
 from replicator.inject import MIN_COPY_TIMEOUT_MS, Injector, injectable
+from replicator.ownership import Ownership
+from replicator.promotion import HURRY_NS, Policy, Promotion
 
 SLOTS = 64
 SECOND = 1_000_000_000
@@ -118,6 +122,13 @@ class FakeAgent:
     def _one(self, op: int, record: Any) -> Code:
         client, local = int(record["cport"]), int(record["lport"])
         self.log.append((op, client))
+        if op == RecordOp.YIELD:
+            if client not in self.foreign | self.live:
+                return Code.ABSENT
+            self.foreign.discard(client)
+            self.live.discard(client)
+            self.sessions[client] = (local, int(record["fnat_delta"]), int(record["timeout_ms"]))
+            return Code.YIELDED
         if client in self.foreign:
             return Code.FOREIGN
         have = self.sessions.get(client)
@@ -430,3 +441,197 @@ def test_whatever_happens_dpvs_ends_up_with_what_the_replica_wants(
     rows = world.replica.records[world.replica.present]
     wanted = {int(r["cport"]): int(r["lport"]) for r in rows if r["state"] in (ESTABLISHED, FIN_WAIT)}
     assert {c: s[0] for c, s in world.agent.sessions.items()} == wanted
+
+
+class Owning(World):
+    """With a table of its own, node id 50; the peer is node 7. Sessions by client port here too."""
+
+    def __init__(self, policy: Policy = Policy.INJECT) -> None:
+        super().__init__()
+        self.table = SessionTable(SLOTS)
+        self.released: list[int] = []
+        self.ownership = Ownership(self.table, 50, self._release)
+        self.injector = Injector(
+            self.agent, lambda: [self.replica], executor=Now(), refresh_ns=10 * SECOND, ownership=self.ownership,
+            promotion=Promotion(policy),
+        )  # fmt: skip
+
+    def _release(self, slots: Slots, now_ns: int) -> None:
+        self.released += slots.tolist()
+        self._apply(slots, valid=False)
+
+    def _apply(self, slots: Slots, client: int = 0, lport: int = 0, flags: int = 0, *, valid: bool = True) -> None:
+        one = FakeReplica()
+        one.put(0, client, lport)
+        record = np.repeat(one.records[:1], len(slots))
+        record["flags"] |= flags
+        self.table.apply(slots, record, np.full(len(slots), valid), self.now)
+
+    def own(self, slot: int, client: int, lport: int, flags: int = 0) -> None:
+        """DPVS has a session of its own, or carried on."""
+        (self.agent.live if flags else self.agent.foreign).add(client)
+        if flags:
+            self.agent.sessions[client] = (lport, 0, 0)
+        self._apply(np.array([slot]), client, lport, flags)
+
+    def claim(self, slot: int, claim: int, flags: int = 0, state: int = ESTABLISHED) -> None:
+        """The peer says that it is its own: that of client 1."""
+        self.replica.put(slot, 1, 100, state)
+        self.replica.records["claim"][slot] = claim
+        self.replica.records["flags"][slot] |= flags
+
+
+class TestContests:
+    def test_a_session_that_a_peer_carries_on_is_made_to_wait(self) -> None:
+        w = Owning()
+        w.own(3, client=1, lport=100)
+        w.claim(0, claim=1, flags=INJECTED)
+        w.run()
+        assert (w.agent.foreign, w.released) == (set(), [3])
+        assert w.agent.log == [(RecordOp.YIELD, 1), (RecordOp.UPSERT, 1)]
+        assert w.injector.installed() == 1
+        assert w.ownership.counters["yielded"] == 1
+        w.replica.drop(0)
+        w.run()
+        assert w.agent.sessions == {}
+
+    def test_one_that_the_agent_tells_of(self) -> None:
+        """Nothing says that the peer carries it on: both nodes' DPVSes made it."""
+        w = Owning()
+        w.own(3, client=1, lport=100)
+        w.claim(0, claim=1)
+        w.run()
+        assert [op for op, _ in w.agent.log] == [RecordOp.UPSERT, RecordOp.YIELD, RecordOp.UPSERT]
+        assert w.agent.foreign == set()
+
+    @pytest.mark.parametrize("flags", [0, INJECTED])
+    def test_ours_is_kept(self, flags: int) -> None:
+        w = Owning()
+        w.table.hear(5)
+        w.own(3, client=1, lport=100)
+        w.claim(0, claim=4, flags=flags)
+        w.run()
+        assert w.agent.log == [(RecordOp.UPSERT, 1)]
+        assert w.agent.foreign == {1}
+        assert w.ownership.counters["kept"] == 1
+
+    def test_what_we_carried_on_goes_back(self) -> None:
+        w = Owning()
+        w.claim(0, claim=4)
+        w.run()
+        w.own(3, client=1, lport=100, flags=INJECTED)
+        assert w.table.records["claim"][3] == 5
+        w.claim(0, claim=4)  # it changed there before it heard of us
+        w.run()
+        assert w.agent.live == {1}
+        w.replica.drop(0)
+        w.run()
+        assert w.agent.live == {1}
+        w.claim(1, claim=6, flags=INJECTED)
+        w.run()
+        assert (w.agent.live, w.released, w.injector.installed()) == (set(), [3], 1)
+
+    def test_a_session_in_its_last_state_is_given_up_too(self) -> None:
+        """It is not put in, but must not stay ESTABLISHED here either."""
+        w = Owning()
+        w.own(3, client=1, lport=100)
+        w.claim(0, claim=1, flags=INJECTED, state=TIME_WAIT)
+        w.run()
+        assert [op for op, _ in w.agent.log] == [RecordOp.YIELD, RecordOp.DELETE]
+        assert (w.agent.sessions, w.agent.foreign) == ({}, set())
+
+    def test_a_table_that_does_not_know_yet(self) -> None:
+        w = Owning()
+        w.replica.node_id = 99  # ours is stamped as late as it is seen, so the claims are equal
+        w.agent.foreign.add(1)
+        w.claim(0, claim=1)
+        w.run()
+        assert w.ownership.counters["unknown"] == 1
+        w.own(3, client=1, lport=100)
+        w.run(10, step_ns=5 * SECOND)
+        assert w.agent.foreign == set()
+
+    def test_it_ended_before_the_agent_came_to_it(self) -> None:
+        w = Owning()
+        w.own(3, client=1, lport=100)
+        w.agent.foreign.clear()
+        w.claim(0, claim=1, flags=INJECTED)
+        w.run()
+        assert w.released == [3]
+        assert (list(w.agent.sessions), w.ownership.counters["yielded"]) == ([1], 0)
+
+
+class TestPromotion:
+    def settled(self, w: Owning, seconds: float = 1.0) -> dict[str, Any]:
+        w.run(int(seconds * 100), step_ns=10_000_000)
+        return w.injector.progress()
+
+    def standby(self) -> Owning:
+        w = Owning(Policy.PROMOTE)
+        for slot in range(10):
+            w.replica.put(slot, client=slot, lport=100 + slot)
+        w.run()
+        assert (w.agent.log, w.replica.pending.slots) == ([], [])
+        return w
+
+    def test_nothing_goes_in_before(self) -> None:
+        w = self.standby()
+        assert w.injector.progress()["role"] == "standby"
+        w.run(3, step_ns=20 * SECOND)
+        assert w.agent.log == []
+        assert w.table.claim == 0
+
+    def test_all_goes_in_and_out_again(self) -> None:
+        w = self.standby()
+        w.injector.promote(w.now)
+        assert w.injector.progress()["waiting"] == 10
+        assert self.settled(w) == {"role": "promoted", "waiting": 0, "installed": 10, "refused": {}, "retrying": 0}
+        w.agent.live |= {2, 3}
+        w.injector.demote()
+        assert w.injector.progress()["waiting"] == 10
+        assert self.settled(w) == {"role": "standby", "waiting": 0, "installed": 0, "refused": {}, "retrying": 0}
+        assert set(w.agent.sessions) == {2, 3}
+        w.injector.promote(w.now)
+        self.settled(w)
+        assert len(w.agent.sessions) == 10
+
+    def test_addresses_that_come_later(self) -> None:
+        w = self.standby()
+        w.agent.refuse = Code.NO_LADDR
+        w.injector.promote(w.now)
+        progress = self.settled(w)
+        assert (progress["waiting"], progress["refused"], progress["retrying"]) == (0, {"no_laddr": 10}, 10)
+        w.agent.refuse = None
+        assert self.settled(w)["installed"] == 10
+
+    def test_refusals_are_not_hurried_for_ever(self) -> None:
+        w = self.standby()
+        w.agent.refuse = Code.NO_LADDR
+        w.injector.promote(w.now)
+        self.settled(w)
+        w.run(2, step_ns=HURRY_NS)
+        asked = len(w.agent.log)
+        self.settled(w)
+        assert len(w.agent.log) < asked + 30
+
+    def test_sessions_with_traffic_go_when_a_peer_has_them(self) -> None:
+        """On the node that was left nothing is taken out: packets that still come would be reset."""
+        w = Owning(Policy.PROMOTE)
+        w.injector.promote(w.now)
+        w.own(3, client=1, lport=100)
+        w.injector.demote()
+        w.run()
+        assert w.agent.foreign == {1}
+        w.claim(0, claim=1, flags=INJECTED)
+        w.run(3, step_ns=10 * SECOND)
+        assert w.agent.log == [(RecordOp.YIELD, 1)]
+        assert (w.released, list(w.agent.sessions), w.injector.installed()) == ([3], [1], 0)
+
+    def test_the_policy_inject_has_nothing_to_take_out(self) -> None:
+        w = Owning()
+        w.replica.put(0, client=1, lport=100)
+        w.run()
+        w.injector.demote()
+        assert self.settled(w)["installed"] == 1
+        w.injector.promote(w.now)
+        assert w.injector.progress()["role"] == "always"

@@ -55,7 +55,7 @@ def test_golden_frames(name: str) -> None:
 
 
 def test_schema_of_this_release() -> None:
-    assert wire.SCHEMA == 0xD88A16D7
+    assert wire.SCHEMA == 0x91355E80
 
 
 def read_all(data: bytes, step: int) -> list[Frame]:

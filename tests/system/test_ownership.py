@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whose a session is, as routes move with both nodes alive, and as a node dies and returns."""
+
+import socket
+import time
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from probes.memory import SessionPool
+from probes.target import Target
+from tests.lab.backends import WHO
+from tests.lab.node import Attached, Node
+from tests.lab.pair import Pair
+from tests.lab.process import LabError, wait_for
+from tests.lab.twin import TwinNode
+
+pytestmark = pytest.mark.needs("bpf", "agent")
+CONNECTIONS = 40
+LIFETIME_S = 6  # of an idle connection
+PORT = 23456
+FOLLOWED = ("lport", "fnat_seq_isn", "fnat_seq_delta", "fnat_seq_fdata_seq", "wscale_vs", "wscale_rs")
+
+
+def probe(node: Node) -> Attached:
+    """What is attached to a node now."""
+    return node.attached[-1]
+
+
+def own(node: Node) -> int:
+    return int(probe(node).status()["sessions"]["own"])
+
+
+def copies(node: Node) -> int:
+    return int(probe(node).status()["sessions"]["copies"])
+
+
+def has_all(pair: Pair, owner: str, count: int, timeout: float = 20) -> None:
+    """Wait until ``owner`` says of all sessions that they are its own, and the other holds a copy of each."""
+    here, there = pair.nodes[owner], pair.nodes["b" if owner == "a" else "a"]
+
+    def settled() -> bool:
+        return (own(here), copies(here), own(there), copies(there)) == (count, 0, 0, count)
+
+    try:
+        wait_for(f"all sessions are {owner}'s", settled, timeout)
+    except Exception:
+        seen = [(node.name, own(node), copies(node), probe(node).status()["injection"]) for node in (here, there)]
+        raise AssertionError(seen) from None
+
+
+@pytest.mark.dpvs
+@pytest.mark.pair(established_timeout_s=LIFETIME_S)
+def test_routes_that_move_and_come_back(pair: Pair) -> None:
+    """The node that they left keeps nothing that could end badly: DPVS resets what is ESTABLISHED as it expires."""
+    pair.replicate(both=True)
+    with pair.resets("client") as at_client, pair.resets("server") as at_server:
+        steady = pair.steady(CONNECTIONS)
+        has_all(pair, "a", CONNECTIONS)
+        for active in ("b", "a", "b"):
+            pair.active(active)
+            has_all(pair, active, CONNECTIONS)
+            assert pair.nodes[active].counters().active == CONNECTIONS
+            other = pair.nodes["a" if active == "b" else "b"].counters()
+            assert (other.active, other.inactive) == (0, CONNECTIONS)
+        time.sleep(2 * LIFETIME_S)
+        assert copies(pair.a) == CONNECTIONS, "the copies in the node that was left are refreshed"
+        report = steady.finish()
+        assert report["alive"] == CONNECTIONS, report
+        assert report["corrupted"] == 0, report
+        assert at_client.total == at_server.total == 0, (at_client.resets, at_server.resets)
+    wait_for("nothing is left", lambda: pair.a.counters().idle and pair.b.counters().idle, 120, 0.5)
+    assert probe(pair.a).status()["injection"]["contested"]["yielded"] >= CONNECTIONS
+
+
+@pytest.mark.dpvs
+def test_udp_flows_that_move_and_come_back(pair: Pair) -> None:
+    """They have no sequence numbers that could tell who saw them last."""
+    pair.replicate(both=True)
+    with ExitStack() as stack:
+        with pair.network.inside("client"):
+            flows = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(CONNECTIONS)]
+        for flow in flows:
+            flow.settimeout(1)
+            flow.connect((pair.plan.vip, 53))
+        before = [seen_as(flow) for flow in flows]
+        has_all(pair, "a", CONNECTIONS)
+        for active in ("b", "a"):
+            pair.active(active)
+            assert [seen_as(flow) for flow in flows] == before
+            has_all(pair, active, CONNECTIONS)
+
+
+@pytest.mark.dpvs
+@pytest.mark.pair(workers=2)
+def test_a_node_that_returns_gets_everything_back(pair: Pair) -> None:
+    """a dies, b carries on, new ones come to b; a returns empty, is given all, and takes over; b dies."""
+    pair.replicate(both=True)
+    old = pair.steady(CONNECTIONS)
+    has_all(pair, "a", CONNECTIONS)
+    pair.kill("a")
+    probe(pair.a).process.wait(10)
+    pair.active("b")
+    wait_for("they are b's", lambda: own(pair.b) == CONNECTIONS, 20)
+    new = pair.steady(CONNECTIONS)
+    wait_for("the new ones are b's", lambda: own(pair.b) == 2 * CONNECTIONS, 20)
+    pair.start("a")
+    pair.a.probe("--listen", pair.sync_address("a"), "--peer", pair.sync_address("b"))
+    has_all(pair, "b", 2 * CONNECTIONS)
+    pair.active("a")
+    has_all(pair, "a", 2 * CONNECTIONS)
+    pair.kill("b")
+    for steady in (old, new):
+        report = steady.finish()
+        assert report["alive"] == CONNECTIONS, report
+        assert report["corrupted"] == 0, report
+    wait_for("a counts nothing any more", lambda: pair.a.counters().idle, 120, 0.5)
+
+
+@pytest.mark.dpvs
+def test_addresses_that_come_with_the_promotion(pair: Pair) -> None:
+    """VRRP: node b has neither addresses nor services while it stands by."""
+    pair.kill("b")
+    pair.b.start(None)
+    pair.replicate(both=True, extra=("--policy", "promote"))
+    steady = pair.steady(CONNECTIONS, stall=20)
+    wait_for("b knows them", lambda: probe(pair.b).status()["sessions"]["of_peers"] == {"a": CONNECTIONS}, 15)
+    assert (copies(pair.b), probe(pair.b).status()["injection"]["role"]) == (0, "standby")
+    assert pair.b.command("ready", "--wait", "15").stdout == "ready, standby\n"
+    pair.kill("a")
+    early = pair.b.command("promote", "--wait", "0")
+    assert early.returncode == 1
+    assert f"refused: {CONNECTIONS} no_service" in early.stdout
+    pair.b.configure(pair.services())
+    done = pair.b.command("promote")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith(f"{CONNECTIONS} sessions of peers are in DPVS, after ")
+    pair.active("b")
+    wait_for("traffic on b", lambda: own(pair.b) == CONNECTIONS, 20)
+    report = steady.finish()
+    assert report["alive"] == CONNECTIONS, report
+    assert pair.b.command("demote").returncode == 0
+    assert probe(pair.b).status()["injection"]["role"] == "standby"
+
+
+@pytest.mark.dpvs
+def test_demotion_takes_out_what_waits(pair: Pair) -> None:
+    pair.replicate(both=True, extra=("--policy", "promote"))
+    with pair.resets("client") as at_client:
+        steady = pair.steady(CONNECTIONS)
+        wait_for("b knows them", lambda: probe(pair.b).status()["sessions"]["of_peers"] == {"a": CONNECTIONS}, 15)
+        for _ in range(2):
+            assert f"{CONNECTIONS} sessions" in pair.b.command("promote").stdout
+            assert len(pair.b.sessions()) == CONNECTIONS
+            assert pair.b.command("demote").stdout.startswith("0 sessions")
+            assert len(pair.b.sessions()) == 0
+        assert pair.b.counters().idle
+        assert steady.finish()["alive"] == CONNECTIONS
+        assert at_client.total == 0
+
+
+def seen_as(flow: socket.socket) -> bytes:
+    """The source that the real server of a UDP flow sees, and which server it is. A datagram may be lost."""
+    for _ in range(10):
+        flow.send(WHO)
+        try:
+            return flow.recv(200)
+        except TimeoutError:
+            continue
+    raise LabError("no answer to 10 datagrams")
+
+
+def in_memory(node: Node, port: int) -> list[dict[str, int]]:
+    """What a copy has of its original: the sessions of a client port, from the memory of a node's DPVS."""
+    with Target.open(node.pid) as target, SessionPool.open(target, node.layout) as pool:
+        conns, _ = pool.read(np.flatnonzero(pool.live()))
+        return [{name: int(conn[name]) for name in FOLLOWED} for conn in conns[conns["cport"] == port]]
+
+
+@pytest.mark.dpvs
+def test_a_client_port_that_is_used_again(pair: Pair) -> None:
+    """DPVS takes the session in TIME_WAIT up again: the same slot and tuple, and new sequence numbers."""
+    pair.replicate(both=True)
+    seen = []
+    for _ in range(3):
+        with pair.connect(80, source_port=PORT) as connection:
+
+            def alike() -> bool:
+                original = in_memory(pair.a, PORT)
+                return len(original) == 1 and original == in_memory(pair.b, PORT)
+
+            wait_for("the same in b", alike, 10)
+            seen.append(in_memory(pair.b, PORT)[0]["fnat_seq_fdata_seq"])
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            while connection.recv(65536):
+                pass
+        wait_for("none in b: its original is over", lambda: not in_memory(pair.b, PORT), 10)
+    assert len(set(seen)) == 3
+    assert len(in_memory(pair.a, PORT)) == 1, "all three were one session of DPVS"
+
+
+def test_what_the_standby_drops_by_itself_comes_back(pair: Pair) -> None:
+    pair.replicate(both=True)
+    steady = pair.steady(CONNECTIONS)
+    wait_for("copies in b", lambda: len(pair.b.sessions()) == CONNECTIONS, 10)
+    assert isinstance(pair.b, TwinNode)
+    pair.b.tell("flush")
+    assert len(pair.b.sessions()) < CONNECTIONS
+    wait_for("copies in b again", lambda: len(pair.b.sessions()) == CONNECTIONS, 25)
+    assert steady.finish()["alive"] == CONNECTIONS
