@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from collector.record import AF_INET, ESTABLISHED, FNAT, RECORD, TCP
+from collector.record import AF_INET, ESTABLISHED, FNAT, RECORD, TCP, pick
+from probes.agent import abi
 from probes.agent.client import AgentClient
 from tests.lab.net import Plan
 from tests.lab.process import wait_for
@@ -68,3 +69,30 @@ def final_codes(client: AgentClient, request: int, limit_s: float = 20) -> Recor
     wait_for("the agent's answer", there, limit_s, 0.001)
     assert codes is not None
     return codes
+
+
+def churn(client: AgentClient, records: Records, rounds: int, rng: np.random.Generator) -> int:
+    """Put sessions in, again, and take them out, in random order, and say so if an answer is not the one that follows
+    from the ones before. Ends with all of them taken out; how many were ever made.
+    """
+    here = np.zeros(len(records), np.bool_)
+    made = 0
+    for _ in range(rounds):
+        for share in (0.9, 0.5, 0.0):  # of those looked at, so many are put in
+            which = rng.permutation(len(records))[: len(records) if share == 0 else max(1, len(records) * 3 // 4)]
+            put = rng.random(len(which)) < share
+            before = here[which]
+            expected = np.where(
+                put,
+                np.where(before, int(abi.Code.UPDATED), int(abi.Code.CREATED)),
+                np.where(before, int(abi.Code.DELETED), int(abi.Code.ABSENT)),
+            )
+            ops = np.where(put, int(abi.RecordOp.UPSERT), int(abi.RecordOp.DELETE)).astype(np.uint8)
+            codes = answers(client, ops, pick(records, which))
+            if not (codes == expected).all():
+                wrong = np.flatnonzero(codes != expected)
+                raise AssertionError(f"{len(wrong)} answers: {codes[wrong[:8]]} instead of {expected[wrong[:8]]}")
+            here[which] = put
+            made += int(np.count_nonzero(codes == abi.Code.CREATED))
+    assert not here.any()
+    return made

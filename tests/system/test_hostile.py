@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Sending the agent anything but what it expects gets an error back, and changes nothing."""
 
+import os
 import random
 import socket
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from collector.record import AF_INET, ESTABLISHED, FNAT, RECORD, TCP
+from collector.record import AF_INET, ESTABLISHED, FNAT, RECORD, TCP, pick
 from probes.agent import abi
 from probes.agent.client import AgentClient, Door
 from probes.control import SET_CONN_TOKEN
@@ -18,9 +19,11 @@ from probes.target import Target
 from tests.lab.node import Node
 from tests.lab.pair import Pair
 from tests.lab.process import wait_for
+from tests.lab.records import answers, fnat_records
 
 pytestmark = [pytest.mark.dpvs, pytest.mark.needs("bpf", "agent")]
 Records = npt.NDArray[Any]
+REQUESTS = int(os.environ.get("DPVS_PROBE_HOSTILE_REQUESTS", "1009"))
 
 
 class Hostile:
@@ -195,6 +198,74 @@ def test_records_of_nonsense(pair: Pair, hostile: Hostile) -> None:
     wait_for("nothing is left", lambda: pair.b.counters().idle, 10)
     assert len(pair.b.sessions()) == 0
     assert hostile.client.state == abi.State.READY
+
+
+def mutated(rng: random.Random, request: bytes) -> bytes:
+    """A request with something wrong in it: a few bytes, a field of its head, its length."""
+    out = bytearray(request)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        kind, head = rng.random(), abi.REQUEST.fields
+        assert head is not None
+        if kind < 0.3:
+            at = head[rng.choice(list(head))][1]
+            out[at : at + 4] = rng.choice((0, 1, 2, 511, 4096, 4097, 0x7FFFFFFF, 0xFFFFFFFF)).to_bytes(4, "little")
+        elif kind < 0.7:
+            out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
+        elif kind < 0.8:
+            at = rng.randrange(len(out))
+            out[at : at + rng.randrange(1, 40)] = rng.randbytes(rng.randrange(0, 40))
+        elif kind < 0.9:
+            del out[rng.randrange(len(out)) :]
+        else:
+            out += rng.randbytes(rng.randrange(1, 200))
+        if not out:
+            break
+    return bytes(out)
+
+
+@pytest.mark.pair(workers=2)
+def test_mutated_requests(pair: Pair, hostile: Hostile) -> None:
+    """What is half right is taken in part or not at all, and everything that was taken is accounted for."""
+    rng = random.Random(REQUESTS)
+    records = fnat_records(pair.plan, 4096)
+    taken = 0
+    for _ in range(REQUESTS):
+        count = rng.randint(1, 40)
+        some = pick(records, np.array(rng.sample(range(len(records)), count)))
+        ops = bytes(rng.choices((1, 1, 2, 3, 0, 255), k=count)).ljust(-(-count // 8) * 8, b"\0")
+        right = hostile.head(count=count, request_id=rng.getrandbits(63) | 1)
+        request = mutated(rng, right + ops + some.tobytes())
+        if abi.Op.RETIRE.to_bytes(4, "little") == request[12:16]:
+            continue  # that it may be told
+        taken += hostile.raw(request) == 0
+    assert taken > REQUESTS // 5, "too few are half right"
+    wait_for("nothing is under way", lambda: hostile.client.counters()["outstanding"] == 0, 10)
+    said = hostile.client.counters()
+    assert said["state"] == "ready"
+    assert said["malformed"] > REQUESTS // 5
+    assert sum(said["records"].values()) == int(hostile.client.door.data["accepted"]) > 0
+
+    def whole() -> bool:  # nothing is there in part; some have been given a second to live
+        counters = pair.b.counters()
+        return (counters.inactive, counters.active, counters.ports_used) == (
+            len(pair.b.sessions()),
+            0,
+            counters.inactive,
+        )
+
+    wait_for("each session has its port and is counted", whole, 5)
+    rows = pair.b.sessions()
+    assert 0 < len(rows) <= said["records"]["created"] - said["records"].get("deleted", 0)
+    rest = np.zeros(len(rows), RECORD)
+    rest["af"], rest["af_out"], rest["proto"], rest["fwdmode"] = rows["in_af"], rows["out_af"], rows["proto"], FNAT
+    for name in ("caddr", "vaddr", "laddr", "daddr"):
+        rest[name][:, :4] = rows[name][:, :4]
+    for name in ("cport", "vport", "lport", "dport"):
+        rest[name] = rows[name]
+    rest["timeout_ms"] = 1000
+    ended = answers(hostile.client, int(abi.RecordOp.DELETE), rest)
+    assert set(ended.tolist()) <= {abi.Code.DELETED, abi.Code.ABSENT}
+    wait_for("nothing is left", lambda: pair.b.counters().idle, 10)
 
 
 def test_unknown_operations(pair: Pair, hostile: Hostile) -> None:

@@ -14,6 +14,7 @@ from tests.lab.churn import Churn
 from tests.lab.node import Node
 from tests.lab.pair import Pair
 from tests.lab.process import wait_for
+from tests.lab.records import churn, fnat_records
 from tests.lab.twin import build_sanitized
 
 pytestmark = [pytest.mark.needs("bpf", "agent", "twin"), pytest.mark.slow, pytest.mark.timeout(600)]
@@ -47,6 +48,7 @@ def nonsense(node: Node, requests: int) -> None:
             request = client.submit(ops.astype(np.uint8), records)
             wait_for("results", lambda request=request: client.results(request) is not None, 10)  # type: ignore[misc]
         client.hello()
+        churn(client, fnat_records(node.plan, 40_600)[40_000:], 2, np.random.default_rng(7))  # ports nobody has yet
 
 
 @pytest.mark.pair(sanitized=True, workers=2)
