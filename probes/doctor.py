@@ -36,8 +36,13 @@ class Check(NamedTuple):
     help: str = ""
 
 
-def examine(pid: int, *, layout_name: str | None = None, lock_holder: int | None = None) -> Iterator[Check]:
-    """All checks for attaching to ``pid``, as they are made. ``lock_holder``: the dpvs-probe that is attached now."""
+def examine(
+    pid: int, *, layout_name: str | None = None, lock_holder: int | None = None, inject: bool = True
+) -> Iterator[Check]:
+    """All checks for attaching to ``pid``, as they are made. ``lock_holder``: the dpvs-probe that is attached now.
+
+    ``inject`` False leaves out what only the agent needs.
+    """
     yield _privileges()
     yield from _kernel()
     with ExitStack() as stack:
@@ -59,7 +64,8 @@ def examine(pid: int, *, layout_name: str | None = None, lock_holder: int | None
         yield answers
         yield from _memory(target, layout, control if answers.ok else None)
         yield from _sites(target)
-        yield from _agent(target, layout)
+        if inject:
+            yield from _agent(target, layout)
 
 
 def _privileges() -> Check:

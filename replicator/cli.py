@@ -119,6 +119,11 @@ cli.add_command(decode)
     " laboratories.",
 )  # fmt: skip
 @click.option("-v", "--verbose", is_flag=True, help="Say more, with the name of the part that says it.")
+@click.option(
+    "--dry-run", is_flag=True,
+    help="Look at all that attach looks at, say what it would do and what would become of the sessions there are, and"
+    " touch nothing. Exit status 0 if it would attach, else 1.",
+)  # fmt: skip
 def attach(**given: Any) -> int:
     """Attach to a running DPVS and replicate its sessions, until SIGINT, SIGTERM or `dpvs-probe detach`.
 
@@ -161,6 +166,15 @@ def attach(**given: Any) -> int:
         insecure=given["insecure"],
         version=version(),
     )
+    if given["dry_run"]:
+        from replicator.rehearsal import rehearse
+
+        good = True
+        for check in rehearse(options):
+            show(render.checks([check._asdict()]))
+            good = good and check.ok is not False
+        show(["", "would attach; nothing was touched" if good else "would not attach; nothing was touched"])
+        return 0 if good else 1
     log_to_stderr(given["verbose"])
     return run(options)
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -137,6 +138,30 @@ class TestLife:
         assert done.returncode == 0, done.stdout + done.stderr
         assert "attach would work" in done.stdout
         assert fingerprint(pair.a) == before
+
+    def test_a_dry_run_says_what_would_be_and_changes_nothing(self, pair: Pair) -> None:
+        steady = pair.steady(5)
+        client, where = pair.connect(7), pair.sync_address("a")
+        client.close()  # one that has ended
+        before = fingerprint(pair.a)
+        options = ("--pid", str(pair.a.pid), "--listen", where, "--peer", pair.sync_address("b"), "--dry-run")
+        done = pair.a.command("attach", *pair.a.with_keys(*options))
+        assert done.returncode == 0, done.stdout + done.stderr
+        for said in (
+            "would be loaded", f"waited for on {where}", f"sent to {pair.sync_address('b')}", "create site",
+            "sessions equal field by field", "would attach; nothing was touched",
+        ):  # fmt: skip
+            assert said in done.stdout, done.stdout
+        assert re.search(r"sessions +[56] of its own in DPVS; [56] would be put into a peer's DPVS", done.stdout)
+        assert fingerprint(pair.a) == before
+        with pair.network.inside("a"), socket.socket() as taken:
+            taken.bind((where.split(":")[0], int(where.split(":")[1])))
+            taken.listen()
+            done = pair.a.command("attach", *pair.a.with_keys(*options))
+        assert done.returncode == 1
+        assert f"cannot listen on {where}: address already in use" in done.stdout
+        assert fingerprint(pair.a) == before
+        assert steady.finish()["alive"] == 5
 
     def test_a_peer_that_comes_later(self, pair: Pair) -> None:
         probe = pair.a.probe("--peer", pair.sync_address("b"), "--no-inject")

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``attach --dry-run``: everything that attach looks at before it touches the process, and what it would then do.
+
+Rules: as ``probes.doctor``, and more of what the given options need. No probe is attached, no agent loaded, no port
+listened on, no peer called; DPVS is asked what ``doctor`` asks it. The sessions are read from the pool's memory.
+"""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.conns import from_conns
+from collector.record import (
+    AF_INET,
+    INJECTED,
+    MODE_NAMES,
+    ONE_PACKET,
+    TCP,
+    TEMPLATE,
+    UDP,
+    Bools,
+    Records,
+    state_name,
+)
+from probes.doctor import Check, examine
+from probes.errors import DpvsProbeError
+from probes.layout import Layout
+from probes.memory import SessionPool, choose_layout
+from probes.target import Target
+from replicator.attach import XMIT_MODES, Options, credentials, node_name
+from replicator.inject import injectable
+from replicator.seal import Party
+from replicator.transport.address import Address, reason, resolve
+from replicator.transport.choose import Transport
+
+BLOCK = 1 << 16  # sessions read at a time
+
+
+def rehearse(options: Options) -> Iterator[Check]:
+    """What attach would look at and do, in its order; ``ok`` False where it would refuse."""
+    takes = options.inject and options.listen is not None
+    yield from examine(
+        options.pid, layout_name=options.layout, lock_holder=options.run_dir.holder(options.pid), inject=takes
+    )
+    if not takes:
+        why = "--no-inject" if not options.inject else "no --listen"
+        yield Check("agent", True, f"would not be loaded ({why})")
+    yield from _links(options)
+    try:
+        yield from _sessions(options)
+    except DpvsProbeError as error:
+        yield Check("sessions", False, str(error), error.help_text)
+
+
+def _links(options: Options) -> Iterator[Check]:
+    try:
+        tls = credentials(options)
+        name = node_name(options.node, tls)
+        transport = Transport(options.mode, tls, Party(name, 1) if tls else None, options.rdma_device)
+        transport.check()
+    except DpvsProbeError as error:
+        yield Check("links", False, str(error), error.help_text)
+        return
+    yield Check("links", True, f"node {name}, {transport}")
+    for peer in options.peers:
+        try:
+            if isinstance(peer, Address):
+                asyncio.run(resolve(peer))
+            yield Check("peer", True, f"sessions would be sent to {peer}")
+        except DpvsProbeError as error:
+            yield Check("peer", False, str(error), error.help_text)
+    if options.listen is not None:
+        yield _listen(options.listen)
+
+
+def _listen(where: object) -> Check:
+    if isinstance(where, Address):
+        try:
+            for family, kind, proto, _, address in socket.getaddrinfo(
+                None if where.host == "*" else where.host, where.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            ):
+                with socket.socket(family, kind, proto) as trying:
+                    trying.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        trying.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    trying.bind(address)
+        except OSError as error:
+            return Check("listen", False, f"cannot listen on {where}: {reason(error)}", "Another address or port.")
+    return Check("listen", True, f"peers would be waited for on {where}")
+
+
+def _sessions(options: Options) -> Iterator[Check]:
+    """What is in this DPVS now, and what a peer would do with it."""
+    with Target.open(options.pid) as target:
+        layout = Layout.load(options.layout) if options.layout else choose_layout(target)
+        modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
+        said: dict[str, int] = {}
+        example: dict[str, str] = {}
+        copies = fit = 0
+        with SessionPool.open(target, layout) as pool:
+            live = np.flatnonzero(pool.live())
+            for first in range(0, len(live), BLOCK):
+                slots = live[first : first + BLOCK]
+                conns, ok = pool.read(slots)
+                ok &= pool.valid(conns)
+                records = from_conns(conns[ok], slots[ok], modes)
+                own = (records["flags"] & INJECTED) == 0
+                copies += int(np.count_nonzero(~own))
+                can = injectable(records) & own
+                fit += int(np.count_nonzero(can))
+                for why, which in refusals(records):
+                    at = np.flatnonzero(which & own & ~can)
+                    if len(at):
+                        said[why] = said.get(why, 0) + len(at)
+                        example.setdefault(why, _tuple(records[at[0]]))
+    total = fit + sum(said.values())
+    yield Check(
+        "sessions", True, f"{total} of its own in DPVS; {fit} would be put into a peer's DPVS, {total - fit} not"
+    )
+    for why, count in sorted(said.items(), key=lambda item: -item[1]):
+        yield Check("not put in", None, f"{count}: {why}, as {example[why]}", "Peers have them in their tables only.")
+    if copies:
+        yield Check("copies", True, f"{copies} of other nodes' sessions stand in DPVS")
+
+
+def refusals(records: Records) -> list[tuple[str, Bools]]:
+    """Why sessions are not put in: (reason, which), each session under the first that holds for it."""
+    left = ~injectable(records)
+    out: list[tuple[str, Bools]] = []
+
+    def take(why: str, which: npt.NDArray[np.bool_]) -> None:
+        nonlocal left
+        out.append((why, left & which))
+        left = left & ~which
+
+    take("a template of persistence", (records["flags"] & TEMPLATE) != 0)
+    take("of one packet only", (records["flags"] & ONE_PACKET) != 0)
+    for proto in np.unique(records["proto"][left]):
+        if proto not in (TCP, UDP):
+            take(f"protocol {proto}", records["proto"] == proto)
+    open_ = records.copy()
+    open_["state"] = 1  # established, or one-way
+    take("not open yet, or ended", injectable(open_))
+    for mode in np.unique(records["fwdmode"][left]):
+        name = MODE_NAMES.get(int(mode), "?")
+        take(f"forwarding mode {name}, or its address families", records["fwdmode"] == mode)
+    return out
+
+
+def _tuple(record: "np.void") -> str:
+    family = socket.AF_INET if record["af"] == AF_INET else socket.AF_INET6
+    size = 4 if record["af"] == AF_INET else 16
+    client, virtual = (socket.inet_ntop(family, record[name].tobytes()[:size]) for name in ("caddr", "vaddr"))
+    state = state_name(int(record["proto"]), int(record["state"]))
+    return f"{client} port {record['cport']} to {virtual} port {record['vport']} ({state})"
