@@ -74,7 +74,7 @@ class Settings:
     udp_timeout_s: int = 300
     udp_oneway_s: int = 60
     kinds: tuple[str, ...] = ()  # of services beyond those that every pair has: tests.lab.services.KINDS
-    max_conn: int = 0  # of each real server; 0: no limit
+    synproxy: bool = False  # FullNAT TCP services have one; not on the twin
     port_pools: int = 1  # the ports of a local address, divided by the real server
     pool: int = 65536
     memory_mib: int = 256
@@ -112,6 +112,10 @@ class Node(ABC):
     @abstractmethod
     def configure(self, services: list[Service]) -> None:
         """Give the running DPVS its addresses and services."""
+
+    @abstractmethod
+    def limit(self, service: Service, connections: int) -> None:
+        """Each real server of a service takes that many connections, 0: any number; all workers together."""
 
     @abstractmethod
     def counters(self) -> Counters:

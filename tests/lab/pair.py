@@ -8,7 +8,6 @@ with Pair.up() as pair:
     print(steady.report())
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -120,8 +119,7 @@ class Pair:
                 raise LabError(f"unwrap ended:\n{unwrap.tail()}")
 
     def services(self) -> list[Service]:
-        limit = self.settings.max_conn
-        return [dataclasses.replace(service, max_conn=limit) for service in services(self.plan, self.settings.kinds)]
+        return services(self.plan, self.settings.kinds)
 
     # -- what an operator, or fate, does ----------------------------------------------------------------------------
     def active(self, name: str) -> None:

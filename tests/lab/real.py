@@ -61,12 +61,20 @@ class RealNode(Node):
             self.add_address(f"{address}/{128 if ':' in address else 32}")
         for service in services:
             key = ("-t" if service.proto == "tcp" else "-u", service.key)
-            self.tool("ipvsadm", "-A", *key, "-s", "rr")
+            proxy = (
+                ("-j", "enable") if self.settings.synproxy and service.proto == "tcp" and service.mode == "fnat" else ()
+            )
+            self.tool("ipvsadm", "-A", *key, "-s", "rr", *proxy)
             for server in service.servers:
-                limit = ("-x", str(service.max_conn)) if service.max_conn else ()
-                self.tool("ipvsadm", "-a", *key, "-r", endpoint(server, service.port), MODES[service.mode], *limit)
+                self.tool("ipvsadm", "-a", *key, "-r", endpoint(server, service.port), MODES[service.mode])
             for local in service.local_addresses:
                 self.tool("ipvsadm", "--add-laddr", "-z", local, *key, "-F", DEVICE)
+
+    def limit(self, service: Service, connections: int) -> None:
+        key = ("-t" if service.proto == "tcp" else "-u", service.key)
+        for server in service.servers:
+            where = endpoint(server, service.port)
+            self.tool("ipvsadm", "-e", *key, "-r", where, MODES[service.mode], "-w", "1", "-x", str(connections))
 
     def add_address(self, prefix: str) -> None:
         self.tool("dpip", *(("-6",) if ":" in prefix else ()), "addr", "add", prefix, "dev", DEVICE)

@@ -18,7 +18,6 @@ class Service:
     servers: tuple[str, ...]
     local_addresses: tuple[str, ...] = ()
     mode: str = "fnat"  # dr, nat, tunnel
-    max_conn: int = 0  # of each server; 0: no limit
 
     @property
     def key(self) -> str:

@@ -67,6 +67,8 @@ class TwinNode(Node):
         return reply
 
     def configure(self, services: list[Service]) -> None:
+        if self.settings.synproxy:
+            raise LabError("the twin has no SYN proxy")
         for prefix in self.plan.node_prefixes(self.name):
             self.tell(f"addr add {prefix}")
         for address in dict.fromkeys(service.address for service in services):
@@ -75,10 +77,14 @@ class TwinNode(Node):
             key = f"{service.proto} {service.key}"
             self.tell(f"service add {key} sched rr")
             for server in service.servers:
-                limit = f" max_conn {service.max_conn}" if service.max_conn else ""
-                self.tell(f"dest add {key} {endpoint(server, service.port)} {service.mode}{limit}")
+                self.tell(f"dest add {key} {endpoint(server, service.port)} {service.mode}")
             for local in service.local_addresses:
                 self.tell(f"laddr add {key} {local}")
+
+    def limit(self, service: Service, connections: int) -> None:
+        for server in service.servers:
+            where = f"{service.proto} {service.key} {endpoint(server, service.port)}"
+            self.tell(f"dest edit {where} {service.mode} max_conn {connections}")
 
     def counters(self) -> Counters:
         servers: dict[tuple[str, str], RealServer] = {}

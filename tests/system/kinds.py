@@ -15,11 +15,16 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
+from collector.record import AF_INET6, DR, NAT, ONE_PACKET, SCTP, SNAT, UDP, UDP_NORMAL
+from probes.agent import abi
+from probes.agent.client import AgentClient, Door
+from probes.target import Target
 from tests.kinds.outcomes import SURVIVES
 from tests.lab.backends import WHO
 from tests.lab.node import Node
 from tests.lab.pair import Pair
 from tests.lab.process import LabError, wait_for
+from tests.lab.records import answers, fnat_records
 from tests.lab.services import DATAGRAM, ECHO, KINDS, address, endpoint
 
 CONNECTIONS, FLOWS = 10, 5
@@ -86,6 +91,28 @@ def exchange(all_traffic: list[Traffic]) -> dict[Case, list[bytes]]:
     return answers
 
 
+def refused(pair: Pair, node: Node) -> dict[str, str]:
+    """What the agent answers to sessions that no DPVS could carry on from a record alone, by name."""
+    wrong: dict[str, dict[str, int]] = {
+        "SNAT": {"fwdmode": SNAT},
+        "SCTP": {"proto": SCTP},
+        "one-packet UDP": {"proto": UDP, "state": UDP_NORMAL, "flags": ONE_PACKET},
+        "IPv4 to IPv6": {"af_out": AF_INET6},
+        "direct routing, IPv6 to IPv4": {"af": AF_INET6, "fwdmode": DR},
+        "NAT, IPv6 to IPv4": {"af": AF_INET6, "fwdmode": NAT},
+    }
+    records = fnat_records(pair.plan, len(wrong))
+    for number, fields in enumerate(wrong.values()):
+        for name, value in fields.items():
+            records[name][number] = value
+    with Target.open(node.pid) as target:
+        door = Door.find(target)
+        assert door is not None
+        codes = answers(AgentClient(target, node.layout, node.control, door), abi.RecordOp.UPSERT, records)
+    names = {int(abi.Code.UNSUPPORTED): "refused, `unsupported`"}
+    return {name: names.get(int(code), f"code {code}") for name, code in zip(wrong, codes, strict=True)}
+
+
 def held(pair: Pair, node: Node) -> Counter[Case]:
     """Sessions of a node by case, a copy on each of several workers counted as such."""
     cases = {
@@ -123,7 +150,6 @@ def failover(pair: Pair, workers: int) -> dict[Case, str]:
     def fault(case: Case, text: str) -> None:
         faults[case].append(text)
 
-    pair.replicate()
     with ExitStack() as stack:
         traffic = []
         for case in cases:

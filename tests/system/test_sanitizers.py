@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from collector.record import RECORD
+from collector.record import AF_INET, AF_INET6, DR, FNAT, NAT, RECORD, TCP, TUNNEL, UDP
 from probes.agent import abi
 from probes.agent.client import AgentClient, Door
 from probes.target import Target
@@ -15,10 +15,13 @@ from tests.lab.node import Node
 from tests.lab.pair import Pair
 from tests.lab.process import wait_for
 from tests.lab.records import churn, fnat_records
+from tests.lab.services import address
 from tests.lab.twin import build_sanitized
 
 pytestmark = [pytest.mark.needs("bpf", "agent", "twin"), pytest.mark.slow, pytest.mark.timeout(600)]
 CONNECTIONS = 20
+KINDS = ("fnat6", "fnat64", "dr6", "nat", "tunnel", "tunnel64")
+FAMILIES = ((AF_INET, AF_INET), (AF_INET6, AF_INET6), (AF_INET6, AF_INET))
 COMPLAINTS = ("AddressSanitizer", "runtime error", "UndefinedBehaviorSanitizer")
 
 
@@ -42,18 +45,19 @@ def nonsense(node: Node, requests: int) -> None:
         for _ in range(requests):
             count = rng.randint(1, abi.MAX_RECORDS)
             records = np.frombuffer(rng.randbytes(count * RECORD.itemsize), RECORD).copy()
-            records["af"] = records["af_out"] = 2
-            records["proto"], records["fwdmode"] = 6, 5
-            ops = np.frombuffer(rng.randbytes(count), np.uint8) % 3
+            records["af"], records["af_out"] = rng.choice(FAMILIES)
+            records["proto"], records["fwdmode"] = rng.choice((TCP, UDP)), rng.choice((NAT, TUNNEL, DR, FNAT))
+            ops = np.frombuffer(rng.randbytes(count), np.uint8) % 4
             request = client.submit(ops.astype(np.uint8), records)
             wait_for("results", lambda request=request: client.results(request) is not None, 10)  # type: ignore[misc]
         client.hello()
         churn(client, fnat_records(node.plan, 40_600)[40_000:], 2, np.random.default_rng(7))  # ports nobody has yet
 
 
-@pytest.mark.pair(sanitized=True, workers=2)
+@pytest.mark.pair(sanitized=True, workers=2, kinds=KINDS)
 def test_a_failover_with_churn_and_nonsense(pair: Pair) -> None:
     pair.replicate(both=True)
+    others = [pair.connect(host=address(pair.plan, kind)) for kind in KINDS]
     steady = pair.steady(CONNECTIONS)
     with Churn(pair.network.path("client"), pair.plan.vip, 7) as churn:
         for _ in range(5):
@@ -61,10 +65,15 @@ def test_a_failover_with_churn_and_nonsense(pair: Pair) -> None:
             churn.close(30)
         nonsense(pair.b, 30)
         churn.close(1000, ("close",))
-    wait_for("copies in b", lambda: len(pair.b.sessions()) >= CONNECTIONS, 20)
+    wait_for("copies in b", lambda: len(pair.b.sessions()) >= CONNECTIONS + len(KINDS), 20)
     pair.kill("a")
     pair.active("b")
-    wait_for("traffic on b", lambda: pair.b.counters().active == CONNECTIONS, 30)
+    for connection in others:
+        connection.sendall(b"still here\n")
+        assert connection.recv(100) == b"still here\n"
+    wait_for("traffic on b", lambda: pair.b.counters().active == CONNECTIONS + len(KINDS), 30)
+    for connection in others:
+        connection.close()
     report = steady.finish()
     assert report["alive"] == CONNECTIONS, report
     assert report["corrupted"] == 0, report
