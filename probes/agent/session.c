@@ -446,6 +446,11 @@ uint8_t yield_session(const struct agent_record *r)
 		dpvs.dp_vs_conn_put_no_reset(conn);
 		return CODE_BUSY;
 	}
+	if (!address_equal((int)get32(AT(dest, dp_vs_dest, af)), AT(dest, dp_vs_dest, addr), AT(conn, dp_vs_conn, daddr)) ||
+	    (!(flags & F_INACTIVE) && (int32_t)get32(AT(dest, dp_vs_dest, actconns)) <= 0)) {
+		dpvs.dp_vs_conn_put_no_reset(conn);
+		return poison("the real server of a session is not laid out as expected");
+	}
 	if (!(flags & F_INACTIVE)) {
 		/* as where DPVS leaves ESTABLISHED: 1.10.2, src/ipvs/ip_vs_proto_tcp.c: tcp_state_trans */
 		__atomic_fetch_sub((uint32_t *)AT(dest, dp_vs_dest, actconns), 1, __ATOMIC_SEQ_CST);

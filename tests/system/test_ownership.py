@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whose a session is, as routes move with both nodes alive, and as a node dies and returns."""
 
+import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import numpy as np
@@ -20,6 +22,9 @@ pytestmark = pytest.mark.needs("bpf", "agent")
 CONNECTIONS = 40
 LIFETIME_S = 6  # of an idle connection
 PORT = 23456
+MANY = int(os.environ.get("DPVS_PROBE_FAILOVER_SESSIONS", "2000"))
+TALKING = 200
+POOL = 1 << 17
 FOLLOWED = ("lport", "fnat_seq_isn", "fnat_seq_delta", "fnat_seq_fdata_seq", "wscale_vs", "wscale_rs")
 
 
@@ -209,3 +214,25 @@ def test_what_the_standby_drops_by_itself_comes_back(pair: Pair) -> None:
     assert len(pair.b.sessions()) < CONNECTIONS
     wait_for("copies in b again", lambda: len(pair.b.sessions()) == CONNECTIONS, 25)
     assert steady.finish()["alive"] == CONNECTIONS
+
+
+@pytest.mark.pair(pool=POOL, established_timeout_s=600)
+def test_many(pair: Pair, record_property: Callable[[str, object], None]) -> None:
+    """Idle connections and some that talk are taken over. DPVS_PROBE_FAILOVER_SESSIONS says how many are idle."""
+    assert isinstance(pair.a, TwinNode)
+    pair.replicate(both=True)
+    pair.a.tell(f"synthesize {MANY} 0 600000")
+    steady = pair.steady(TALKING, interval=0.05)
+    wait_for("copies of all in b", lambda: copies(pair.b) == MANY + TALKING, 120)
+    killed = time.monotonic()
+    pair.kill("a")
+    pair.active("b")
+    wait_for("traffic on b", lambda: pair.b.counters().active > 0, 20, 0.001)
+    first_ms = 1000 * (time.monotonic() - killed)
+    wait_for("all that talk are b's", lambda: own(pair.b) == TALKING, 30)
+    report = steady.finish()
+    assert report["alive"] == TALKING, report
+    assert report["corrupted"] == 0, report
+    figures = f"{MANY} idle: first packet after {first_ms:.0f} ms, longest pause {report['longest_gap_ms']} ms"
+    record_property("failover", figures)
+    print(figures)

@@ -83,7 +83,14 @@ class SimulatedDpvs:
     def wake(self, slot: int) -> None:
         """A packet of a session that waits."""
         self.conns["flags"][slot] &= 0xFFFF ^ record.INACTIVE
-        self.conns["state"][slot] = record.ESTABLISHED
+        udp = self.conns["proto"][slot] == record.UDP
+        self.conns["state"][slot] = record.UDP_NORMAL if udp else record.ESTABLISHED
+
+    def slot_of_client(self, client: int) -> int:
+        """Where the session of a client is; -1 for nowhere."""
+        conns = self.conns
+        found = np.flatnonzero(((conns["flags"] & record.HASHED) != 0) & (conns["cport"] == 1024 + client))
+        return int(found[0]) if len(found) else -1
 
     def establish(self, slot: int, delta: int = 77) -> None:
         self.conns["state"][slot] = record.ESTABLISHED
