@@ -94,6 +94,8 @@ class Origin(Protocol):
     @property
     def node_id(self) -> int: ...
     @property
+    def instance(self) -> int: ...  # of the DPVS process
+    @property
     def slots(self) -> int: ...
     @property
     def records(self) -> Records: ...
@@ -127,6 +129,7 @@ class _Orphans:
     """Copies of an earlier run of a node that its present run does not name: a replica that wants none of them."""
 
     link_up = False
+    instance = 0
 
     def __init__(self, node_id: int, count: int) -> None:
         self.node_id, self.slots = node_id, count
@@ -146,17 +149,20 @@ class _Copies:
     retry: Bools = field(init=False)
     waits: Bools = field(init=False)  # changed while an operation was under way
     contested: Bools = field(init=False)  # DPVS has it too, and it is theirs
+    heir: Bools = field(init=False)  # its DPVS is dead and a new one is there: the copy here is the session
     offer: Bools = field(init=False)  # was there at the promotion, and DPVS has not been asked since
     busy: npt.NDArray[np.uint8] = field(init=False)  # operations under way
     code: npt.NDArray[np.uint8] = field(init=False)  # the last answer
     cursor: int = 0
     refreshed_ns: int = 0
+    inherited: bool = False
     refused: int = 0  # at the last look, while a promotion goes on
 
     def __post_init__(self) -> None:
         n = self.replica.slots
         self.installed = np.zeros((n, _LAST - _FIRST), np.uint64)
-        self.has, self.retry, self.waits, self.contested, self.offer = (np.zeros(n, np.bool_) for _ in range(5))
+        self.has, self.retry, self.waits = (np.zeros(n, np.bool_) for _ in range(3))
+        self.contested, self.heir, self.offer = (np.zeros(n, np.bool_) for _ in range(3))
         self.busy, self.code = np.zeros(n, np.uint8), np.zeros(n, np.uint8)
 
 
@@ -232,6 +238,8 @@ class Injector:
             if self.stopped or now_ns < self._not_before_ns:
                 copies.refreshed_ns = now_ns
                 continue
+            if self._ownership is not None and not copies.inherited and len(current) > 1:
+                self._inherit(copies, current)
             if self._room():
                 self._send(copies, replica.pending.take(self._room() // 2))
             self._refresh(copies, now_ns)
@@ -322,6 +330,18 @@ class Injector:
             left = self._copies[id(orphans)] = _Copies(orphans)
             left.installed[:], left.has[:] = rows, True
             self._orphans[id(orphans)] = orphans
+
+    def _inherit(self, c: _Copies, current: Mapping[int, Origin]) -> None:
+        """A node has come back with another DPVS process: what waits here of the one that died is ours from now on, so
+        that the node gets it back like any session of ours, also where no packet has come meanwhile.
+        """
+        dead = c.replica
+        c.inherited = not dead.link_up and any(
+            r.node_id == dead.node_id and r.instance != dead.instance and r.link_up for r in current.values()
+        )
+        if c.inherited:
+            c.heir[:] = c.has
+            dead.pending.mark(np.flatnonzero(c.heir))
 
     def _room(self) -> int:
         """Records that the agent would take now."""
@@ -434,6 +454,8 @@ class Injector:
         if self._ownership is not None:
             give = self._contest(self._ownership, c, slots, records, c.has[slots] & same)
             want &= ~give
+        claim = c.heir[slots] & want & same
+        c.heir[slots] = False
         c.retry[slots[~want]] = False
         pairs = np.zeros((len(slots), 2), RECORD)
         pairs[:, 0] = self._standing(c, slots)
@@ -445,7 +467,7 @@ class Injector:
             delete[stay] = c.has[slots[stay]] = False
         chosen = np.column_stack((delete, want | give)).ravel()
         ops = np.full((len(slots), 2), abi.RecordOp.DELETE, np.uint8)
-        ops[:, 1] = np.where(give, abi.RecordOp.YIELD, abi.RecordOp.UPSERT)
+        ops[:, 1] = np.where(give, abi.RecordOp.YIELD, np.where(claim, abi.RecordOp.CLAIM, abi.RecordOp.UPSERT))
         self._submit(c, np.repeat(slots, 2)[chosen], ops.ravel()[chosen], pairs.ravel()[chosen])
 
     def _contest(self, ownership: Ownership, c: _Copies, slots: Slots, records: Records, stands: Bools) -> Bools:

@@ -55,6 +55,7 @@ class RecordOp(IntEnum):
     DELETE = 2
     CHECK = 3
     YIELD = 4
+    CLAIM = 5
 
 
 class Code(IntEnum):

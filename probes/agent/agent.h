@@ -110,6 +110,7 @@ static inline bool without_owner(const struct agent_record *r) { return r->fwdmo
 uint8_t upsert_session(const struct agent_record *r, unsigned lcore);
 uint8_t delete_session(const struct agent_record *r);
 uint8_t yield_session(const struct agent_record *r);
+uint8_t claim_session(const struct agent_record *r);
 uint64_t address_of_session(const struct agent_record *r); /* 0: there is none */
 uint8_t look_at_session(const struct agent_record *r);
 /* Ends a copy that waits; with `answers`, also one that is live by what the real server sent. */

@@ -161,7 +161,7 @@ enum agent_state {
 /* TRIAL is a BATCH that makes or updates one session at most, and says where it is (agent_result.conn). */
 enum agent_op { AGENT_HELLO = 1, AGENT_BATCH = 2, AGENT_RETIRE = 3, AGENT_REVIVE = 4, AGENT_TRIAL = 5 };
 /* CHECK looks at the copies of a session and puts nothing in: where one of several carries traffic, the others go. */
-enum agent_record_op { AGENT_UPSERT = 1, AGENT_DELETE = 2, AGENT_CHECK = 3, AGENT_YIELD = 4 };
+enum agent_record_op { AGENT_UPSERT = 1, AGENT_DELETE = 2, AGENT_CHECK = 3, AGENT_YIELD = 4, AGENT_CLAIM = 5 };
 
 /* What became of one record. Below 16: done or rightly left alone; 16 to 31: may work later; from 32: never will. */
 enum agent_code {

@@ -129,6 +129,9 @@ static uint8_t work_on(struct request_slot *request, unsigned n, unsigned lcore)
 	case AGENT_DELETE:
 		code = delete_session(r);
 		break;
+	case AGENT_CLAIM:
+		code = claim_session(r);
+		break;
 	case AGENT_YIELD:
 		code = yield_session(r);
 		break;
@@ -416,9 +419,11 @@ static int accept_batch(const struct agent_request *head, const uint8_t *ops, co
 		uint8_t code = check_record(&request->records[i]);
 
 		if (!code && ops[i] != AGENT_UPSERT && ops[i] != AGENT_DELETE && ops[i] != AGENT_CHECK &&
-		    ops[i] != AGENT_YIELD)
+		    ops[i] != AGENT_YIELD && ops[i] != AGENT_CLAIM)
 			code = CODE_BAD_RECORD;
 		owner[i] = code ? -1 : (int8_t)owner_of(&request->records[i]);
+		if (ops[i] == AGENT_CLAIM && owner[i] == EVERY_WORKER)
+			owner[i] = -1; /* one of its copies would be the session, and nobody knows which */
 		if (owner[i] < 0) {
 			request->codes[i] = code ? code : CODE_WRONG_WORKER;
 			count_codes(request->codes[i], 1);

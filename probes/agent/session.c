@@ -466,3 +466,31 @@ uint8_t yield_session(const struct agent_record *r)
 	dpvs.dp_vs_conn_put(conn);
 	return CODE_YIELDED;
 }
+
+/* The owner of this session is dead for good, and no other node has its packets: a copy that waits is the session now, in
+ * the state that the record tells, until its time is over. Its timer is not touched: it has been silent all that while. */
+uint8_t claim_session(const struct agent_record *r)
+{
+	int direction;
+	void *conn = find(r, &direction), *dest;
+	uint16_t flags, state = r->proto == IPPROTO_TCP ? r->state : UDP_NORMAL;
+	uint8_t code = CODE_LIVE;
+
+	if (!conn)
+		return CODE_ABSENT;
+	flags = get16(AT(conn, dp_vs_conn, flags));
+	dest = getp(AT(conn, dp_vs_conn, dest));
+	if (direction != 0 || !dest || !(flags & F_INJECTED) || !same_local_side(conn, r)) {
+		code = CODE_FOREIGN;
+	} else if (!is_live(conn)) {
+		if (r->proto == IPPROTO_TCP && state == TCP_ESTABLISHED && (flags & F_INACTIVE)) {
+			/* as where DPVS enters ESTABLISHED: 1.10.2, src/ipvs/ip_vs_proto_tcp.c: tcp_state_trans */
+			__atomic_fetch_add((uint32_t *)AT(dest, dp_vs_dest, actconns), 1, __ATOMIC_SEQ_CST);
+			__atomic_fetch_sub((uint32_t *)AT(dest, dp_vs_dest, inactconns), 1, __ATOMIC_SEQ_CST);
+			put16(AT(conn, dp_vs_conn, flags), flags & ~F_INACTIVE);
+		}
+		put16(AT(conn, dp_vs_conn, state), state);
+	}
+	dpvs.dp_vs_conn_put_no_reset(conn);
+	return code;
+}

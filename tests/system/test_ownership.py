@@ -19,7 +19,7 @@ from tests.lab.process import LabError, wait_for
 from tests.lab.twin import TwinNode
 
 pytestmark = pytest.mark.needs("bpf", "agent")
-CONNECTIONS = 40
+CONNECTIONS, IDLE = 40, 10
 LIFETIME_S = 6  # of an idle connection
 PORT = 23456
 MANY = int(os.environ.get("DPVS_PROBE_FAILOVER_SESSIONS", "2000"))
@@ -100,25 +100,30 @@ def test_udp_flows_that_move_and_come_back(pair: Pair) -> None:
 @pytest.mark.dpvs
 @pytest.mark.pair(workers=2)
 def test_a_node_that_returns_gets_everything_back(pair: Pair) -> None:
-    """a dies, b carries on, new ones come to b; a returns empty, is given all, and takes over; b dies."""
+    """a dies, b carries on, new ones come to b; a returns empty, is given all, and takes over; b dies. Some connections
+    say nothing all that while.
+    """
     pair.replicate(both=True)
+    idle = pair.steady(IDLE, interval=600)
     old = pair.steady(CONNECTIONS)
-    has_all(pair, "a", CONNECTIONS)
+    has_all(pair, "a", CONNECTIONS + IDLE)
     pair.kill("a")
     probe(pair.a).process.wait(10)
     pair.active("b")
-    wait_for("they are b's", lambda: own(pair.b) == CONNECTIONS, 20)
+    wait_for("those that talk are b's", lambda: own(pair.b) == CONNECTIONS, 20)
     new = pair.steady(CONNECTIONS)
     wait_for("the new ones are b's", lambda: own(pair.b) == 2 * CONNECTIONS, 20)
     pair.start("a")
     pair.a.probe("--listen", pair.sync_address("a"), "--peer", pair.sync_address("b"))
-    has_all(pair, "b", 2 * CONNECTIONS)
+    has_all(pair, "b", 2 * CONNECTIONS + IDLE)
+    assert pair.b.counters().active == 2 * CONNECTIONS + IDLE
     pair.active("a")
-    has_all(pair, "a", 2 * CONNECTIONS)
+    wait_for("those that talk are a's", lambda: (own(pair.a), own(pair.b)) == (2 * CONNECTIONS, IDLE), 20)
+    assert copies(pair.a) == IDLE
     pair.kill("b")
-    for steady in (old, new):
+    for steady, count in ((idle, IDLE), (old, CONNECTIONS), (new, CONNECTIONS)):
         report = steady.finish()
-        assert report["alive"] == CONNECTIONS, report
+        assert report["alive"] == count, report
         assert report["corrupted"] == 0, report
     wait_for("a counts nothing any more", lambda: pair.a.counters().idle, 120, 0.5)
 

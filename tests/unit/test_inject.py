@@ -68,7 +68,7 @@ class FakeMarks:
 
 class FakeReplica:
     def __init__(self, slots: int = SLOTS) -> None:
-        self.node_id = 7
+        self.node_id, self.instance = 7, 1
         self.slots = slots
         self.records: Records = np.zeros(slots, RECORD)
         self.present = np.zeros(slots, np.bool_)
@@ -131,6 +131,11 @@ class FakeAgent:
             return Code.YIELDED
         if client in self.foreign:
             return Code.FOREIGN
+        if op == RecordOp.CLAIM:
+            if client not in self.sessions:
+                return Code.ABSENT
+            self.live.add(client)
+            return Code.LIVE
         have = self.sessions.get(client)
         if op != RecordOp.UPSERT:
             if have is None or have[0] != local:
@@ -559,6 +564,40 @@ class TestContests:
         w.run()
         assert w.released == [3]
         assert (list(w.agent.sessions), w.ownership.counters["yielded"]) == ([1], 0)
+
+
+class TestInheritance:
+    """Node 7's DPVS died and a new one is there."""
+
+    def returned(self, instance: int) -> tuple[Owning, FakeReplica]:
+        w, later = Owning(), FakeReplica()
+        later.instance, later.link_up = instance, False
+        replicas = [w.replica]
+        w.injector = Injector(w.agent, lambda: replicas, executor=Now(), ownership=w.ownership)
+        for slot in range(5):
+            w.replica.put(slot, client=slot, lport=100 + slot)
+        w.run()
+        w.replica.link_up = False
+        replicas.append(later)
+        w.agent.log.clear()
+        w.run()
+        assert w.agent.log == [], "not before all that the new one has is here"
+        later.link_up = True
+        return w, later
+
+    def test_what_waits_is_ours(self) -> None:
+        w, _ = self.returned(2)
+        w.agent.live.add(3)
+        w.run()
+        assert sorted(w.agent.log) == [(RecordOp.CLAIM, client) for client in range(5)]
+        assert w.agent.live == set(range(5))
+        w.run(5, step_ns=20 * SECOND)
+        assert len(w.agent.log) == 5
+
+    def test_not_when_only_the_probe_was_started_anew(self) -> None:
+        w, _ = self.returned(1)
+        w.run()
+        assert w.agent.log == []
 
 
 class TestPromotion:
