@@ -401,6 +401,7 @@ class Injector:
         delete = batch.ops == abi.RecordOp.DELETE
         gone = delete & np.isin(codes, (abi.Code.DELETED, abi.Code.ABSENT, abi.Code.LIVE, abi.Code.FOREIGN))
         gone |= ~upsert & np.isin(codes, (abi.Code.ABSENT, abi.Code.FOREIGN))
+        new = ~c.has[slots]
         c.has[slots[gone]] = False
         here = upsert & np.isin(codes, (abi.Code.CREATED, abi.Code.UPDATED, abi.Code.LIVE))
         c.installed[slots[here]] = words(batch.records)[here, _FIRST:_LAST]
@@ -410,11 +411,11 @@ class Injector:
         c.retry[slots[upsert | delete]] = later[upsert | delete]
         c.waits[slots[delete & later]] = True  # a delete that did not work: look again
         if self._ownership is not None:
-            self._weigh(self._ownership, batch, codes)
+            self._weigh(self._ownership, batch, codes, new)
         self._release(batch)
 
-    def _weigh(self, ownership: Ownership, batch: _Batch, codes: npt.NDArray[np.uint8]) -> None:
-        """What the answers say of sessions that two nodes have."""
+    def _weigh(self, ownership: Ownership, batch: _Batch, codes: npt.NDArray[np.uint8], new: Bools) -> None:
+        """What the answers say of sessions that two nodes have; ``new``: nothing stood here for this peer."""
         c, slots, node_id = batch.copies, batch.slots, batch.copies.replica.node_id
         upsert, give = batch.ops == abi.RecordOp.UPSERT, batch.ops == abi.RecordOp.YIELD
         both = np.flatnonzero(upsert & np.isin(codes, (abi.Code.LIVE, abi.Code.FOREIGN)))
@@ -423,7 +424,7 @@ class Injector:
             theirs = slots[both[verdict == THEIRS]]
             c.contested[theirs] = c.waits[theirs] = True
             c.retry[slots[both[verdict == UNKNOWN]]] = True  # the table does not say yet
-        again = upsert & (codes == abi.Code.UPDATED)
+        again = upsert & new & (codes == abi.Code.UPDATED)
         if len(self._copies) > 1 and again.any():
             ownership.moved(pick(batch.records, again), node_id, self._now_ns)
         later = (codes >= abi.RETRYABLE) & (codes < abi.PERMANENT)
@@ -473,7 +474,7 @@ class Injector:
     def _contest(self, ownership: Ownership, c: _Copies, slots: Slots, records: Records, stands: Bools) -> Bools:
         """Which of n sessions of a peer stand in our table too, and are theirs. ``stands``: a copy of it is here."""
         present = c.replica.present[slots]
-        ownership.hear(records[present])
+        ownership.hear(records["claim"][present])
         check = np.flatnonzero(present & ((carried(records) & ~stands) | c.contested[slots]))
         c.contested[slots] = False
         give = np.zeros(len(slots), np.bool_)

@@ -111,10 +111,10 @@ class Ownership:
         self._moved: deque[tuple[int, int, Hashes]] = deque()  # until when, whose they are now, which
         self.counters: Counter[str] = Counter(kept=0, yielded=0, unknown=0, moved=0)
 
-    def hear(self, records: Records) -> None:
+    def hear(self, claims: npt.NDArray[np.uint32]) -> None:
         """Peers' sessions are about to be put in: whatever becomes ours from now on is claimed above them."""
-        if len(records):
-            self._table.hear(int(records["claim"].max()))
+        if len(claims):
+            self._table.hear(int(claims.max()))
 
     def judge(self, records: Records, node_id: int) -> npt.NDArray[np.uint8]:
         """Of n sessions that a peer claims: OURS or THEIRS where the table has them too, else UNKNOWN."""

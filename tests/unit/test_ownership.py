@@ -113,9 +113,9 @@ def test_both_nodes_come_to_the_same_end(claim_a: int, claim_b: int, a: int, b: 
 
 def test_what_was_heard_is_below_what_is_carried_on() -> None:
     world = World()
-    world.ownership.hear(claimed(sessions(3), 41))
-    world.ownership.hear(sessions(3))
-    world.ownership.hear(sessions(0))
+    world.ownership.hear(claimed(sessions(3), 41)["claim"])
+    world.ownership.hear(sessions(3)["claim"])
+    world.ownership.hear(sessions(0)["claim"])
     world.add(2, flags=INJECTED)
     world.add(2, first=10, at=10)
     assert world.table.records["claim"][[0, 1, 10, 11]].tolist() == [42, 42, 41, 41]

@@ -207,7 +207,7 @@ TestRoutes = Routes.TestCase
 def test_the_model_finds_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody gives way; claims do not grow."""
 
-    def nothing(self: Ownership, records: Records, *_: object, **__: object) -> npt.NDArray[np.uint8]:
+    def nothing(self: Ownership, records: Records, *_: object) -> npt.NDArray[np.uint8]:
         return np.full(len(records), UNKNOWN, np.uint8)
 
     monkeypatch.setattr(Ownership, fault, nothing)
