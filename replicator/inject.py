@@ -517,7 +517,8 @@ class Injector:
                 due = look[(c.has[look] | c.retry[look]) & (c.busy[look] == 0)]
             else:
                 mode = c.installed[look, 0] >> np.uint64(24) & np.uint64(0xFF)
-                due = look[c.has[look] & (c.busy[look] == 0) & (mode != FNAT)]
+                known = (c.code[look] == abi.Code.LIVE) & (mode != NAT)  # of NAT's, the client's packets may come last
+                due = look[c.has[look] & (c.busy[look] == 0) & (mode != FNAT) & ~known]
             if len(due) > room:
                 due = due[:room]
                 end = int(due[-1]) + 1

@@ -75,6 +75,7 @@ class Settings:
     udp_oneway_s: int = 60
     kinds: tuple[str, ...] = ()  # of services beyond those that every pair has: tests.lab.services.KINDS
     synproxy: bool = False  # FullNAT TCP services have one; not on the twin
+    persistent_s: int = 0  # clients stay with their real server for so long; not on the twin
     port_pools: int = 1  # the ports of a local address, divided by the real server
     pool: int = 65536
     memory_mib: int = 256

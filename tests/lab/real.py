@@ -64,7 +64,8 @@ class RealNode(Node):
             proxy = (
                 ("-j", "enable") if self.settings.synproxy and service.proto == "tcp" and service.mode == "fnat" else ()
             )
-            self.tool("ipvsadm", "-A", *key, "-s", "rr", *proxy)
+            persistent = ("-p", str(self.settings.persistent_s)) if self.settings.persistent_s else ()
+            self.tool("ipvsadm", "-A", *key, "-s", "rr", *proxy, *persistent)
             for server in service.servers:
                 self.tool("ipvsadm", "-a", *key, "-r", endpoint(server, service.port), MODES[service.mode])
             for local in service.local_addresses:

@@ -79,6 +79,18 @@ def test_behind_a_syn_proxy(play: Play, pair_kind: str, workers: int) -> None:
     assert {kind: outcomes[kind, "tcp"] for kind in settings.kinds} == dict.fromkeys(settings.kinds, SURVIVES)
 
 
+def test_of_a_persistent_service(play: Play, pair_kind: str) -> None:
+    """Its sessions survive as any others; the templates that tie clients to real servers are not sent."""
+    case = "sessions of a persistent service"
+    if pair_kind == "twin":
+        record(pair_kind, case, "has no persistence")
+        pytest.skip("the twin has no persistence")
+    kinds = ("fnat", "fnat6", "dr", "nat")
+    outcomes, _ = play(Settings(kinds=kinds, persistent_s=120, udp_timeout_s=12, udp_oneway_s=12))
+    record(pair_kind, case, "; ".join(set(outcomes.values())))
+    assert set(outcomes.values()) == {SURVIVES}, outcomes
+
+
 def test_a_limit_is_kept(pair: Pair) -> None:
     """Copies fill the real servers' limits to the last place and no further, and afterwards all places are free."""
     service = next(s for s in pair.services() if (s.address, s.port) == (pair.plan.vip, ECHO))

@@ -229,10 +229,11 @@ def test_the_modes_and_families_that_dpvs_carries(mode: int, families: tuple[int
     assert injectable(records).tolist() == [wanted]
 
 
-def test_without_its_owner_what_may_stand_on_several_workers_is_looked_at(world: World) -> None:
+@pytest.mark.parametrize(("mode", "again"), [(DR, False), (NAT, True)])
+def test_without_its_owner_what_may_stand_on_several_workers_is_looked_at(world: World, mode: int, again: bool) -> None:
     world.replica.put(3, 1000, 2000)
     world.replica.put(4, 1001, 1001)
-    world.replica.records["fwdmode"][4] = DR
+    world.replica.records["fwdmode"][4] = mode
     world.run()
     world.replica.link_up = False
     world.agent.log.clear()
@@ -243,9 +244,13 @@ def test_without_its_owner_what_may_stand_on_several_workers_is_looked_at(world:
     world.run(ticks=12, step_ns=SECOND)
     assert world.injector.codes(world.replica)[4] == Code.LIVE
     assert world.injector.installed() == 2
+    world.agent.log.clear()
+    world.run(ticks=12, step_ns=SECOND)
+    assert bool(world.agent.log) is again
+    world.agent.live.clear()
     del world.agent.sessions[1001]
     world.run(ticks=12, step_ns=SECOND)
-    assert world.injector.installed() == 1
+    assert world.injector.installed() == (1 if again else 2)
 
 
 def test_a_copy_goes_when_its_connection_closes_and_comes_back_when_the_port_is_used_again(world: World) -> None:
