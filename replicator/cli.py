@@ -20,6 +20,7 @@ import click
 from probes.errors import DpvsProbeError
 from replicator import render
 from replicator.admin import Line, ask
+from replicator.cli_agent import agent
 from replicator.cli_decode import decode
 from replicator.cli_keys import keys
 from replicator.rundir import ENVIRONMENT, RunDir
@@ -58,6 +59,7 @@ def cli() -> None:
     """
 
 
+cli.add_command(agent)
 cli.add_command(keys)
 cli.add_command(decode)
 

@@ -354,6 +354,10 @@ __attribute__((constructor)) static void load(void)
 			return;
 		}
 	}
+	if (!dlsym(RTLD_DEFAULT, "per_lcore__lcore_id")) {
+		set_state(AGENT_FAILED, "DPVS does not export per_lcore__lcore_id");
+		return;
+	}
 	pthread_attr_init(&attr);
 	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
 	if (pthread_create(&thread, &attr, arrive, NULL) != 0)

@@ -14,7 +14,8 @@
 
 #include "agent_abi.h"
 
-extern __thread unsigned int per_lcore__lcore_id; /* DPDK: which lcore this thread is */
+/* DPDK: which lcore this thread is. Weak, so that with LD_PRELOAD programs start that are no DPVS. */
+extern __thread unsigned int per_lcore__lcore_id __attribute__((weak));
 
 /* Everything of ours stays ours: DPVS exports all its functions, and an older agent in the process has the same names. */
 #pragma GCC visibility push(hidden)

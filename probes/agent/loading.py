@@ -98,6 +98,25 @@ def configured(
     return library[:at] + filled + library[at + abi.CONFIG.itemsize :]
 
 
+def prepare(layout: Layout, path: Path) -> None:
+    """Write an agent that goes into DPVS as it starts (``-d`` of DPDK, or LD_PRELOAD), and sleeps until an attach.
+
+    It is found by its name, so that has to begin as it does. Raises AgentNotLoaded.
+    """
+    if not path.name.startswith(NAME_PART) or path.suffix != ".so":
+        raise AgentNotLoaded(f"'{path.name}' is no name for it", help_text=f"Call it {NAME_PART}start.so or the like.")
+    if not LIBRARY.exists():
+        raise AgentNotLoaded("the agent is not built", help_text="Reinstall dpvs-probe (scripts/setup builds it).")
+    content = configured(LIBRARY.read_bytes(), layout, secrets.randbits(64) | 1, start_retired=True)
+    fresh = path.with_name(path.name + ".new")
+    try:
+        fresh.write_bytes(content)
+        fresh.chmod(0o500)
+        fresh.replace(path)
+    except OSError as error:
+        raise AgentNotLoaded(f"cannot write {path}: {error.strerror}", help_text="Another directory?") from error
+
+
 @contextmanager
 def placed(target: Target, content: bytes, token: int) -> Iterator[str]:
     """The shared object in a place where the process can open it; yields the path as the process sees it.

@@ -202,3 +202,36 @@ def test_a_trial_comes_first(pair: Pair, target: Target, tmp_path: Path, monkeyp
         with pytest.raises(TrialFailed, match=r"wscale_vs in memory is 9, not 7$"):
             tried_first(client, layout, pool, control, modes).submit(ops, records)
     wait_for("nothing is left", lambda: empty(pair), 10)
+
+
+@pytest.mark.parametrize("way", ["-d", "LD_PRELOAD"])
+def test_there_before_dpvs_starts(pair: Pair, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Loaded as DPVS starts, it sleeps until an attach wakes it: nothing is traced."""
+    node, library = pair.b, pair.directory / "dpvs-probe-agent-start.so"  # DPDK takes none from below /tmp
+    loading.prepare(node.layout, library)
+    pair.kill("b")
+    argv, environment = node.argv(), node.environment()
+    if way == "-d":
+        monkeypatch.setattr(node, "argv", lambda: [*argv, "-d", str(library)])
+    else:
+        monkeypatch.setattr(node, "environment", lambda: {**environment, "LD_PRELOAD": str(library)})
+        assert subprocess.run(["true"], env={"LD_PRELOAD": str(library)}, check=False).returncode == 0
+    pair.start("b")
+
+    def never(tid: int) -> None:
+        raise AssertionError(f"thread {tid} was to be traced")
+
+    monkeypatch.setattr(loading, "hijack", never)
+    with Target.open(node.pid) as target:
+        wait_for("the agent", lambda: (door := Door.find(target)) is not None and door.is_installed(), 10)
+        door = Door.find(target)
+        assert door is not None
+        assert door.state == abi.State.RETIRED
+        client = load(pair, target)
+        assert client.door.address == door.address
+        assert client.state == abi.State.READY
+        records = fnat_records(pair.plan, 500)
+        assert (answers(client, UPSERT, records) == abi.Code.CREATED).all()
+        assert len(node.sessions()) == 500
+        assert (answers(client, DELETE, records) == abi.Code.DELETED).all()
+    wait_for("nothing is left", lambda: empty(pair), 10)
