@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The agent's life inside a process: loaded twice, followed by a newer one, retired in the middle of its work."""
 
+import ctypes
+import os
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -235,3 +237,25 @@ def test_there_before_dpvs_starts(pair: Pair, monkeypatch: pytest.MonkeyPatch, w
         assert len(node.sessions()) == 500
         assert (answers(client, DELETE, records) == abi.Code.DELETED).all()
     wait_for("nothing is left", lambda: empty(pair), 10)
+
+
+def test_a_worker_that_does_not_answer(pair: Pair, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread of DPVS is held: the agent notices, refuses everything for good, and says why. DPVS goes on."""
+    monkeypatch.setattr(loading, "WATCHDOG_MS", 300)
+    client, records = load(pair, target), fnat_records(pair.plan, 100)
+    (worker,) = (tid for tid, lcore in target.workers().items() if lcore == 1)
+    libc, attach, detach = ctypes.CDLL(None, use_errno=True), 16, 17
+    assert libc.ptrace(attach, worker, None, None) == 0
+    os.waitpid(worker, 0x40000000)  # __WALL
+    try:
+        request = client.submit(np.full(len(records), UPSERT, np.uint8), records)
+        wait_for("the watchdog", lambda: client.state == abi.State.POISONED, 20)
+    finally:
+        assert libc.ptrace(detach, worker, None, None) == 0
+    assert client.door.error == "lcore 1 has not answered for 300 ms"
+    with pytest.raises(AgentRefused, match="has not answered"):
+        client.submit(np.full(1, UPSERT, np.uint8), records[:1])
+    assert (final_codes(client, request) == abi.Code.RETIRED).all(), "what came late was refused too"
+    with pytest.raises(loading.AgentNotLoaded, match="has shut itself: lcore 1"):
+        load(pair, target)
+    assert empty(pair)
