@@ -111,7 +111,9 @@ def test_version_and_help(run: Runner) -> None:
         ran = run(name, "--help")
         assert ran.status == 0
         assert f"dpvs-probe {name}" in ran.out
-    assert sorted(COMMANDS) == ["attach", "decode", "detach", "doctor", "keys", "peers", "ready", "sessions", "status"]
+    assert sorted(COMMANDS) == [
+        "agent", "attach", "decode", "detach", "doctor", "keys", "peers", "ready", "sessions", "status",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
