@@ -26,7 +26,7 @@ from probes.agent import abi, loading
 from probes.agent.client import AgentBusy, AgentClient
 from probes.target import Target
 from replicator.inject import Injector
-from tests.lab import real
+from tests.lab.config import DEVICE
 from tests.lab.node import Settings
 from tests.lab.pair import SPARE_PAGES, Pair
 from tests.lab.process import Process, wait_for
@@ -68,7 +68,7 @@ class Bench:
             if isinstance(node, TwinNode):
                 node.tell(f"laddr add tcp {pair.plan.vip}:7 {address}")
             elif isinstance(node, RealNode):
-                node.tool("ipvsadm", "--add-laddr", "-z", address, "-t", f"{pair.plan.vip}:7", "-F", real.DEVICE)
+                node.tool("ipvsadm", "--add-laddr", "-z", address, "-t", f"{pair.plan.vip}:7", "-F", DEVICE)
         self.records = fnat_records(pair.plan, count, tuple(locals_))
         self.client = loading.load(target, node.layout, node.control)
         self.clear()

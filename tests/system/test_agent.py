@@ -3,8 +3,10 @@
 
 import ctypes
 import os
+import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from probes.agent.client import AgentAbsent, AgentBusy, AgentClient, AgentRefuse
 from probes.memory import SessionPool
 from probes.target import Target
 from replicator.trial import TrialFailed, tried_first
+from tests.lab.node import ROOT
 from tests.lab.pair import Pair
 from tests.lab.process import wait_for
 from tests.lab.records import answers, final_codes, fnat_records
@@ -259,3 +262,18 @@ def test_a_worker_that_does_not_answer(pair: Pair, target: Target, monkeypatch: 
     with pytest.raises(loading.AgentNotLoaded, match="has shut itself: lcore 1"):
         load(pair, target)
     assert empty(pair)
+
+
+@pytest.mark.needs("twin")
+def test_the_benchmark_of_injection() -> None:
+    """What scripts/bench/inject says of the twin: everything went in, and beside it no datagram was lost."""
+    command = [sys.executable, "-m", "scripts.bench.inject", "--quick", "--sessions", "10000", "--flow", "200"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = [line.split(" s ")[0].split() for line in done.stdout.splitlines() if "ns a session" in line]
+    assert [" ".join(words[:2]) for words in figures] == [
+        f"{how}: {what}" for how in ("requests", "injector") for what in ("create", "refresh", "delete")
+    ]
+    flows = re.findall(r"datagrams +(\d+) lost +(\d+)", done.stdout)
+    assert len(flows) == 7
+    assert all(int(lost) <= int(sent) // 100 for sent, lost in flows), done.stdout
