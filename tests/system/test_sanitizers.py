@@ -47,7 +47,7 @@ def nonsense(node: Node, requests: int) -> None:
             records = np.frombuffer(rng.randbytes(count * RECORD.itemsize), RECORD).copy()
             records["af"], records["af_out"] = rng.choice(FAMILIES)
             records["proto"], records["fwdmode"] = rng.choice((TCP, UDP)), rng.choice((NAT, TUNNEL, DR, FNAT))
-            ops = np.frombuffer(rng.randbytes(count), np.uint8) % 4
+            ops = np.frombuffer(rng.randbytes(count), np.uint8) % (max(abi.RecordOp) + 1)
             request = client.submit(ops.astype(np.uint8), records)
             wait_for("results", lambda request=request: client.results(request) is not None, 10)  # type: ignore[misc]
         client.hello()
@@ -66,6 +66,12 @@ def test_a_failover_with_churn_and_nonsense(pair: Pair) -> None:
         nonsense(pair.b, 30)
         churn.close(1000, ("close",))
     wait_for("copies in b", lambda: len(pair.b.sessions()) >= CONNECTIONS + len(KINDS), 20)
+    for active, other in (("b", "a"), ("a", "b")):  # those that talk change hands
+        pair.active(active)
+        talking = CONNECTIONS if active == "b" else CONNECTIONS + len(KINDS)
+        wait_for(f"traffic on {active}", lambda: pair.nodes[active].counters().active == talking, 20)  # noqa: B023
+        left = CONNECTIONS + len(KINDS) - talking
+        wait_for(f"{other} gives way", lambda: pair.nodes[other].counters().active == left, 20)  # noqa: B023
     pair.kill("a")
     pair.active("b")
     for connection in others:
