@@ -82,11 +82,11 @@ class Settings:
         pass_small_ns: int = 100 * MS,
         pass_large_ns: int = SECOND,
         small_slots: int = 1 << 16,
-        slice_slots: int = 1 << 14,
+        slice_slots: int = 1 << 11,
         young_ns: int = 3 * SECOND,
         young_each_tick: int = 1 << 12,
         drain_events: int = 1 << 15,
-        slice_least: int = 1 << 12,
+        slice_least: int = 1 << 9,
         thorough_each: int = 8,
     ) -> None:
         self.pass_small_ns = pass_small_ns  # one walk over a pool of up to small_slots

@@ -14,6 +14,7 @@ cdef u64 _ANY_MODE, _ANY_WORKER, _CREATE, _HALF, _NEGATIVE, _MODE_BITS, _WORKER_
 cdef u64 _TIMEOUT_WORKER_BITS, _SECONDS_MAX, _SORT
 cdef u8 _WATCHED, _HEARD, _CHANGED, _ANNOUNCED, _DOUBTED, _COPY
 cdef u8 _CHANGE, _OWED, _FRESH
+cdef Py_ssize_t _AHEAD
 
 cdef class Conversion:
     cdef const i64[:, ::1] halves
@@ -49,7 +50,10 @@ cdef class Rows:
     cdef public bint frozen
     cdef public u64 claim
     cdef readonly Py_ssize_t created, updated, deleted, marked, more
+    cdef u64 fetched
 
+    @cython.locals(i=Py_ssize_t, slot=i64, seen=u64)
+    cdef int fetch(self, const i64[:] slots, Py_ssize_t first) except -1
     cpdef begin(self)
     @cython.locals(i=Py_ssize_t, w=Py_ssize_t)
     cpdef apply(self, const u64[:, ::1] new, const i64[:] slots, const u8[:] valid, const u8[:] renewed,
@@ -85,7 +89,10 @@ cdef class Marks:
     cdef u8[::1] marks
     cdef i64[::1] since_ns
     cdef public Py_ssize_t overlap
+    cdef u64 fetched
 
+    @cython.locals(i=Py_ssize_t, seen=u64)
+    cdef int fetch(self, Rows rows, Py_ssize_t first) except -1
     @cython.locals(before=u8)
     cdef int one(self, i64 slot, i64 since_ns, bint fresh) except -1
     @cython.locals(i=Py_ssize_t, found=Py_ssize_t)
@@ -100,7 +107,10 @@ cdef class Copies:
     cdef u8[::1] present, named
     cdef const u64[::1] compare
     cdef readonly Py_ssize_t created, updated, stale, more
+    cdef u64 fetched
 
+    @cython.locals(i=Py_ssize_t, slot=i64, seen=u64)
+    cdef int fetch(self, const u64[:, ::1] new, Py_ssize_t first) except -1
     @cython.locals(i=Py_ssize_t, w=Py_ssize_t, slot=i64, known=u64, ahead=u64, was=bint, anew=bint, differs=bint,
                    found=Py_ssize_t)
     cpdef Py_ssize_t put(self, const u64[:, ::1] new, bint naming, i64[::1] changed, u8[::1] fresh) except -1

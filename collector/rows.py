@@ -34,6 +34,7 @@ _WATCHED, _HEARD, _CHANGED = notes.WATCHED, notes.HEARD, notes.CHANGED
 _ANNOUNCED, _DOUBTED, _COPY = notes.ANNOUNCED, notes.DOUBTED, notes.COPY
 _CHANGE, _OWED, _FRESH = notes.CHANGE, notes.OWED, notes.FRESH
 _CREATE = 1  # kind of an event
+_AHEAD = 64  # rows fetched at once
 _HALF, _NEGATIVE = 0xFFFFFFFF, 0x80000000
 _MODE_BITS, _WORKER_BITS, _PADDING_BITS = 0xFF000000, 0xFF00000000, 0xFFFFFFFFFFFFFF00
 _TIMEOUT_WORKER_BITS = 0xFFFFFFFFFF
@@ -145,6 +146,7 @@ class Rows:
         self.frozen = False
         self.claim = 0  # of what becomes ours; one more where it was carried on from another node
         self.created = self.updated = self.deleted = self.marked = self.more = 0
+        self.fetched = 0
 
     def begin(self) -> None:
         """Forget what was changed so far; to be called before n rows."""
@@ -153,10 +155,21 @@ class Rows:
     def apply(self, new: U64, slots: I64, valid: U8, renewed: U8, worker: U8, since_ns: I64, now_ns: int) -> None:
         """n rows, see ``SessionTable.apply``."""
         for i in range(slots.shape[0]):
+            if i % _AHEAD == 0:
+                self.fetch(slots, i)
             if valid[i]:
                 for w in range(18):
                     self.row_[w] = new[i, w]
             self.one(slots[i], valid[i], renewed[i], worker[i], since_ns[i], now_ns)
+
+    def fetch(self, slots: I64, first: int) -> None:
+        """Touch the next rows: the processor waits for all of them at once instead of for each in its turn."""
+        seen = self.fetched
+        for i in range(first, min(first + _AHEAD, slots.shape[0])):
+            slot = slots[i]
+            seen ^= self.words[slot, 0] ^ self.words[slot, 8] ^ self.words[slot, 17]
+            seen ^= self.present[slot] ^ self.shared[slot]
+        self.fetched = seen
 
     def one(self, slot: int, valid: bool, renewed: bool, worker: int, since_ns: int, now_ns: int) -> bool:
         """Make one row what ``row`` says, or end its session; whether that changed anything."""
@@ -280,6 +293,8 @@ class Looks:
         """
         found = 0
         for i in range(slots.shape[0]):
+            if i % _AHEAD == 0:
+                self.rows.fetch(slots, i)
             if not whole[i] or self._one(i, slots[i], now_ns, young_ns):
                 again[found] = slots[i]
                 found += 1
@@ -370,6 +385,7 @@ class Marks:
     def __init__(self, marks: U8, since_ns: I64) -> None:
         self.marks, self.since_ns = marks, since_ns
         self.overlap = 0  # slots with both kinds of mark, since it was asked
+        self.fetched = 0
 
     def one(self, slot: int, since_ns: int, fresh: bool) -> bool:
         """Mark one slot as changed; whether it was not waiting yet."""
@@ -392,10 +408,19 @@ class Marks:
                 found += 1
         return found
 
+    def fetch(self, rows: Rows, first: int) -> None:
+        """Like ``Rows.fetch``."""
+        seen = self.fetched
+        for i in range(first, min(first + _AHEAD, rows.marked)):
+            seen ^= self.marks[rows.changed[3, i]] ^ self.since_ns[rows.changed[3, i]]
+        self.fetched = seen
+
     def mark_rows(self, rows: Rows, added: I64) -> int:
         """The same of what the last calls changed in a table."""
         found = 0
         for i in range(rows.marked):
+            if i % _AHEAD == 0:
+                self.fetch(rows, i)
             if self.one(rows.changed[3, i], rows.changed[4, i], rows.fresh[i]):
                 added[found] = rows.changed[3, i]
                 found += 1
@@ -421,6 +446,15 @@ class Copies:
     def __init__(self, words: U64, present: U8, named: U8, compare: U64) -> None:
         self.words, self.present, self.named, self.compare = words, present, named, compare
         self.created = self.updated = self.stale = self.more = 0
+        self.fetched = 0
+
+    def fetch(self, new: U64, first: int) -> None:
+        """Like ``Rows.fetch``."""
+        seen = self.fetched
+        for i in range(first, min(first + _AHEAD, new.shape[0])):
+            slot = new[i, 0] & _HALF
+            seen ^= self.words[slot, 0] ^ self.words[slot, 8] ^ self.words[slot, 17] ^ self.present[slot]
+        self.fetched = seen
 
     def put(self, new: U64, naming: bool, changed: I64, fresh: U8) -> int:
         """Take n rows of distinct slots, see ``Replica.put``; how many changed anything, their slots in ``changed``.
@@ -430,6 +464,8 @@ class Copies:
         found = 0
         self.created = self.updated = self.stale = self.more = 0
         for i in range(new.shape[0]):
+            if i % _AHEAD == 0:
+                self.fetch(new, i)
             slot = new[i, 0] & _HALF
             known = self.words[slot, 0] >> 32
             ahead = ((new[i, 0] >> 32) - known) & _HALF

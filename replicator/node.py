@@ -13,6 +13,7 @@ Rules
 """
 
 import asyncio
+import gc
 import logging
 import os
 import select
@@ -29,8 +30,10 @@ from replicator import query
 from replicator.admin import AdminServer, BadRequest, Line
 from replicator.links import Links
 from replicator.readiness import Readiness
+from replicator.ticker import Ticker
 
-BUSY_S, CALM_S, IDLE_S = 0.001, 0.002, 0.005  # between two ticks: events come, came lately, came long ago
+BUSY_S, CALM_S, IDLE_S = 0.0002, 0.002, 0.005  # between two ticks: events come, came lately, came long ago
+LONGEST_BUSY_S = 0.0005  # while events come, a pause is as long as hearing them took, from BUSY_S up to this
 CALM_AFTER_NS, IDLE_AFTER_NS = 50_000_000, 1_000_000_000
 PROOF_PAUSE_NS = 100_000_000
 LAST_WORDS_S = 1.0  # for peers, after the DPVS ended
@@ -117,6 +120,8 @@ class Node:
             for task in tasks:
                 task.add_done_callback(self._on_task_end)
             started()
+            gc.collect()
+            gc.freeze()  # what is there now stays: else a full collection looks at it all, and takes ten milliseconds
             status = await self._done
             if status == TARGET_ENDED:
                 await self._last_words()
@@ -140,10 +145,15 @@ class Node:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     async def _tick_loop(self) -> None:
+        with Ticker() as ticker:
+            await self._tick_until_the_end(ticker)
+
+    async def _tick_until_the_end(self, ticker: Ticker) -> None:
         while not self._target_ended:
             now = self._clock()
             try:
                 self.hear(now)
+                heard_s = (self._clock() - now) / 1e9
                 if self._prove is None:
                     await asyncio.sleep(0)  # peers are told of it before anything else is done
                     if self._target_ended:
@@ -161,7 +171,10 @@ class Node:
                 await asyncio.sleep(0)
                 continue
             quiet = now - self._busy_ns
-            await asyncio.sleep(BUSY_S if quiet < CALM_AFTER_NS else CALM_S if quiet < IDLE_AFTER_NS else IDLE_S)
+            if quiet < CALM_AFTER_NS:
+                await ticker.pause(min(max(BUSY_S, heard_s), LONGEST_BUSY_S))
+            else:
+                await ticker.pause(CALM_S if quiet < IDLE_AFTER_NS else IDLE_S)
 
     def tick(self, now_ns: int) -> None:
         """One round: what the probes say, a slice of the scan, what that means for peers, and for our own DPVS."""

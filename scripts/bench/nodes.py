@@ -252,6 +252,7 @@ class Schedule(Pool):
         self.conns["flags"][standing:] = 0
         self.event_ns: Times = np.zeros(slots, np.int64)
         self._free: Slots = np.arange(standing, slots)
+        self._planned: Times = self.event_ns[:0]  # of the slots from the first of ``_free`` on
         self._next = self._end = 0
 
     def plan(self, rate: int, count: int, seed: int) -> Slots:
@@ -260,7 +261,8 @@ class Schedule(Pool):
         self._free = self._free[self._next :]
         self._next, self._end = 0, count
         slots = self._free[:count]
-        self.event_ns[slots] = time.monotonic_ns() + 50_000_000 + np.cumsum(gaps).astype(np.int64)
+        self._planned = time.monotonic_ns() + 50_000_000 + np.cumsum(gaps).astype(np.int64)
+        self.event_ns[slots] = self._planned
         return slots
 
     @property
@@ -268,8 +270,10 @@ class Schedule(Pool):
         return self._end - self._next
 
     def drain(self, maximum: int) -> Records:
-        planned = self.event_ns[self._free[self._next : min(self._end, self._next + maximum)]]
+        planned = self._planned[self._next : min(self._end, self._next + maximum)]
         due = int(np.searchsorted(planned, time.monotonic_ns()))
+        if due == 0:
+            return super().drain(maximum)
         slots = self._free[self._next : self._next + due]
         self._next += due
         self.conns["flags"][slots] = record.HASHED
@@ -284,8 +288,8 @@ class MarkedTable(SessionTable):
         super().__init__(slots)
         self.marked_ns: Times = np.zeros(slots, np.int64)
 
-    def apply(self, *given: Any, **more: Any) -> Applied:
-        applied = super().apply(*given, **more)
+    def finish(self) -> Applied:
+        applied = super().finish()
         self.marked_ns[applied.created] = time.monotonic_ns()
         return applied
 

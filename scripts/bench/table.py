@@ -26,13 +26,13 @@ from replicator.wire import FrameReader, Hello, Opcode, Role
 
 CONN = np.dtype(
     [
-        ("af", "<u4"), ("af_out", "<u4"), ("packet_xmit", "<u8"), ("state", "<u2"), ("flags", "<u2"), ("proto", "u1"),
-        ("wscale_vs", "u1"), ("wscale_rs", "u1"), ("pp_version", "u1"), ("pp_sent", "u1"),
+        ("af", "<u4"), ("af_out", "<u4"), ("packet_xmit", "<u8"), ("state", "<u2"), ("flags", "<u2"),
         ("caddr", "16u1"), ("vaddr", "16u1"), ("laddr", "16u1"), ("daddr", "16u1"),
         ("cport", ">u2"), ("vport", ">u2"), ("lport", ">u2"), ("dport", ">u2"), ("timeout_s", "<u8"),
         *((f"{name}_{part}", "<u4") for name in ("fnat_seq", "syn_proxy_seq")
           for part in ("isn", "delta", "fdata_seq", "prev_delta")),
-        ("rs_end_seq", "<u4"), ("rs_end_ack", "<u4"),
+        ("rs_end_seq", "<u4"), ("rs_end_ack", "<u4"), ("proto", "u1"), ("wscale_vs", "u1"), ("wscale_rs", "u1"),
+        ("pp_version", "u1"), ("pp_sent", "u1"),
     ],
     align=True,
 )  # fmt: skip

@@ -323,7 +323,7 @@ def test_what_was_there_before_us_is_found_by_the_first_scan() -> None:
 
 def test_a_walk_reads_what_differs_and_an_eighth_of_the_rest() -> None:
     slots = 8 * THOROUGH_BLOCK
-    node = Node(slots=slots, pass_small_ns=100).started()
+    node = Node(slots=slots, pass_small_ns=100, slice_slots=slots).started()
     node.dpvs.conns["flags"] = record.HASHED
     node.dpvs.conns["af"] = node.dpvs.conns["af_out"] = record.AF_INET
     node.dpvs.conns["flags"][-10:] |= record.INJECTED
