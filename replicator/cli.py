@@ -23,6 +23,7 @@ from replicator.admin import Line, ask
 from replicator.cli_agent import agent
 from replicator.cli_decode import decode
 from replicator.cli_keys import keys
+from replicator.promotion import Policy
 from replicator.rundir import ENVIRONMENT, RunDir
 from replicator.transport.choose import Mode, parse
 
@@ -98,6 +99,11 @@ cli.add_command(decode)
     help="A link on which nothing was heard for so long is down; twice --heartbeat or more, the same on all nodes.",
 )  # fmt: skip
 @click.option("--no-inject", is_flag=True, help="Keep peers' sessions in tables only: load no agent into DPVS.")
+@click.option(
+    "--policy", type=click.Choice([policy.value for policy in Policy]), default=Policy.INJECT.value, show_default=True,
+    help="inject puts peers' sessions into DPVS as they come, for nodes that both have the addresses; promote keeps"
+    " them in memory until `dpvs-probe promote`, for addresses that move with VRRP.",
+)  # fmt: skip
 @click.option("--node", help="Name of this node, not used by any peer; the host name if not given.")
 @run_dir_option
 @click.option("--layout", help="Use this struct layout instead of the one that fits; it is proven all the same.")
@@ -143,6 +149,8 @@ def attach(**given: Any) -> int:
         raise click.UsageError("--keys and --insecure do not go together")
     if given["heartbeat_timeout"] < 2 * given["heartbeat"]:
         raise click.UsageError("--heartbeat-timeout must be twice --heartbeat or more")
+    if given["no_inject"] and Policy(given["policy"]) is Policy.PROMOTE:
+        raise click.UsageError("--no-inject and --policy promote do not go together")
     mode = Mode(given["mode"])
     options = Options(
         pid=given["pid"],
@@ -159,6 +167,7 @@ def attach(**given: Any) -> int:
             down_ns=int(given["heartbeat_timeout"] * 1e9),
         ),
         inject=not given["no_inject"],
+        policy=Policy(given["policy"]),
         node=given["node"],
         run_dir=RunDir(given["run_dir"]),
         layout=given["layout"],
@@ -262,12 +271,54 @@ def ready(pid: int | None, run_dir: str | None, wait: float) -> int:
     while True:
         (line,) = request(pid, run_dir, "status")
         if line["ready"]:
-            show(["ready"])
+            injection = line["injection"]
+            standby = isinstance(injection, dict) and injection.get("role") == "standby"
+            show(["ready, standby" if standby else "ready"])
             return 0
         if time.monotonic() >= deadline:
             show([f"not ready: {line['waiting_for'] or 'DPVS has ended'}"])
             return 1
         time.sleep(0.1)
+
+
+@cli.command()
+@pid_option
+@run_dir_option
+@json_option
+@click.option(
+    "--wait", type=click.FloatRange(0, 50), default=10.0, show_default=True, metavar="SECONDS",
+    help="Wait so long for what DPVS refuses because addresses or services are not there yet.",
+)  # fmt: skip
+def promote(pid: int | None, run_dir: str | None, as_json: bool, wait: float) -> int:
+    """The addresses come to this node: put all that its peers have into DPVS, and say how many and how long it took.
+
+    For keepalived's notify scripts, with `attach --policy promote`. Exit status 1 if something was refused to the end;
+    it is tried again all the same.
+    """
+    (line,) = request(pid, run_dir, "promote", wait=wait)
+    refused = sum(line["refused"].values())
+    if as_json:
+        show([json.dumps(line)])
+    else:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in line["refused"].items())
+        show([f"{line['installed']} sessions of peers are in DPVS, after {line['took_ms']:.0f} ms"])
+        show([f"refused: {reasons}"] if refused else [])
+    return 1 if refused or line["waiting"] else 0
+
+
+@cli.command()
+@pid_option
+@run_dir_option
+@json_option
+def demote(pid: int | None, run_dir: str | None, as_json: bool) -> None:
+    """The addresses leave this node: take out the copies that wait for packets.
+
+    Sessions that carry traffic stay until another node announces that it carries them on. With `attach --policy inject`
+    nothing changes, as copies always stand in DPVS then.
+    """
+    (line,) = request(pid, run_dir, "demote")
+    text = f"{line['installed']} sessions of peers are in DPVS, after {line['took_ms']:.0f} ms"
+    show([json.dumps(line)] if as_json else [text])
 
 
 @cli.command()

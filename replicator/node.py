@@ -29,6 +29,7 @@ from probes.errors import DpvsProbeError
 from replicator import query
 from replicator.admin import AdminServer, BadRequest, Line
 from replicator.links import Links
+from replicator.promotion import Promotion
 from replicator.readiness import Readiness
 from replicator.ticker import Ticker
 
@@ -39,9 +40,18 @@ PROOF_PAUSE_NS = 100_000_000
 LAST_WORDS_S = 1.0  # for peers, after the DPVS ended
 ADMIN_BLOCK = 1 << 15  # slots looked at for an answer before the loop does something else
 ADMIN_LINES = 500
+LONGEST_PROMOTION_S = 50.0  # less than a client of the admin socket waits
+FORGOTTEN = 1 << 16  # changes of a peer's sessions a round, where none is put in
+PROGRESS_S = 0.01  # between two looks at how far a promotion is
 TARGET_ENDED = 3  # exit status
 
 log = logging.getLogger(__name__)
+
+
+class NotInjecting(DpvsProbeError):
+    """There is nothing to promote."""
+
+    help_text = "Attach with --listen and without --no-inject."
 
 
 class Collector(Protocol):
@@ -61,8 +71,12 @@ class Injector(Protocol):
     """``replicator.inject.Injector``."""
 
     stopped: DpvsProbeError | None
+    promotion: Promotion
 
     def tick(self, now_ns: int) -> None: ...
+    def promote(self, now_ns: int) -> None: ...
+    def demote(self) -> None: ...
+    def progress(self) -> dict[str, Any]: ...
     def counters(self) -> Mapping[str, Any]: ...
     def close(self) -> None: ...
 
@@ -207,6 +221,9 @@ class Node:
             if parts.injector.stopped is not None and not self._injection_said:
                 self._injection_said = True
                 log.error("no more sessions are put into DPVS: %s", parts.injector.stopped)
+        else:
+            for replica in parts.links.replicas():
+                replica.pending.take(FORGOTTEN)  # nobody else does
 
     def _note(self, applied: Applied, now_ns: int) -> None:
         if len(applied.created) or len(applied.updated) or len(applied.deleted):
@@ -272,16 +289,55 @@ class Node:
         if command == "status":
             yield [self.status()]
         elif command == "peers":
-            yield self._parts.links.peers(self._clock(), injecting=self._parts.injector is not None)
+            yield self._peers()
         elif command == "sessions":
             async for block in self._sessions(query.Filter.of(request)):
                 yield block
+        elif command in ("promote", "demote"):
+            yield [await self._change_role(command, request.get("wait"))]
         elif command == "detach":
             log.info("told to detach")
             yield []
             self.stop()
         else:
             raise BadRequest(f"there is no command '{command}'")
+
+    async def _change_role(self, command: str, wait_s: Any) -> Line:
+        """Promote or demote, and wait until DPVS was asked about all sessions; for a promotion, also until it takes
+        those that it refuses for now, up to ``wait_s``.
+        """
+        injector = self._parts.injector
+        if injector is None:
+            raise NotInjecting("peers' sessions are not put into this DPVS")
+        if wait_s is None:
+            wait_s = 0.0
+        if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not 0 <= wait_s <= LONGEST_PROMOTION_S:
+            raise BadRequest(f"wait {wait_s!r} is not a number of seconds")
+        began = self._clock()
+        if command == "promote":
+            injector.promote(began)
+        else:
+            injector.demote()
+        log.info("told to %s", command)
+        while True:
+            progress = injector.progress()
+            took = self._clock() - began
+            late = took > wait_s * 1e9
+            over = progress["waiting"] == 0 and (command == "demote" or progress["retrying"] == 0 or late)
+            if over or injector.stopped is not None or took > LONGEST_PROMOTION_S * 1e9 or self._target_ended:
+                break
+            await asyncio.sleep(PROGRESS_S)
+        log.info("%s: %d sessions of peers are in DPVS after %.0f ms", command, progress["installed"], took / 1e6)
+        return {**progress, "took_ms": round(took / 1e6, 1)}
+
+    def _peers(self) -> list[Line]:
+        injector = self._parts.injector
+        rows = self._parts.links.peers(self._clock(), injecting=injector is not None)
+        if injector is not None and not injector.promotion.puts_in:
+            for row in rows:
+                if row["direction"] == "from":
+                    row["note"] = row["note"] or injector.promotion.role
+        return rows
 
     def status(self) -> Line:
         """How we are, as one object."""

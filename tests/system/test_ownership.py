@@ -80,6 +80,23 @@ def test_routes_that_move_and_come_back(pair: Pair) -> None:
 
 
 @pytest.mark.dpvs
+def test_routes_that_move_while_the_nodes_cannot_talk(pair: Pair) -> None:
+    """Both have all sessions as their own then. When they hear of each other, it is the one that has the packets."""
+    pair.replicate(both=True)
+    steady = pair.steady(CONNECTIONS, interval=0.05)
+    has_all(pair, "a", CONNECTIONS)
+    pair.network.set_link("a", "s0", False)
+    pair.active("b")
+    wait_for("they are b's", lambda: own(pair.b) == CONNECTIONS, 20)
+    assert own(pair.a) == CONNECTIONS
+    pair.network.set_link("a", "s0", True)
+    has_all(pair, "b", CONNECTIONS)
+    report = steady.finish()
+    assert report["alive"] == CONNECTIONS, report
+    assert report["corrupted"] == 0, report
+
+
+@pytest.mark.dpvs
 def test_udp_flows_that_move_and_come_back(pair: Pair) -> None:
     """They have no sequence numbers that could tell who saw them last."""
     pair.replicate(both=True)
@@ -138,6 +155,7 @@ def test_addresses_that_come_with_the_promotion(pair: Pair) -> None:
     wait_for("b knows them", lambda: probe(pair.b).status()["sessions"]["of_peers"] == {"a": CONNECTIONS}, 15)
     assert (copies(pair.b), probe(pair.b).status()["injection"]["role"]) == (0, "standby")
     assert pair.b.command("ready", "--wait", "15").stdout == "ready, standby\n"
+    assert [row["note"] for row in probe(pair.b).peers() if row["direction"] == "from"] == ["standby"]
     pair.kill("a")
     early = pair.b.command("promote", "--wait", "0")
     assert early.returncode == 1

@@ -112,7 +112,8 @@ def test_version_and_help(run: Runner) -> None:
         assert ran.status == 0
         assert f"dpvs-probe {name}" in ran.out
     assert sorted(COMMANDS) == [
-        "agent", "attach", "decode", "detach", "doctor", "keys", "peers", "ready", "sessions", "status",
+        "agent", "attach", "decode", "demote", "detach", "doctor", "keys", "peers", "promote", "ready", "sessions",
+        "status",
     ]  # fmt: skip
 
 

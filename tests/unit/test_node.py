@@ -15,6 +15,7 @@ import pytest
 from collector import record
 from probes.errors import DpvsProbeError
 from replicator.admin import AdminError, ask
+from replicator.promotion import Policy, Promotion
 from replicator.transport.address import Address
 from tests.unit.simulated_dpvs import SimulatedDpvs
 from tests.unit.simulated_node import SimulatedNode, Wire, until
@@ -38,10 +39,23 @@ class FakeInjector:
         self.stopped: DpvsProbeError | None = None
         self.ticks = 0
         self.closed = False
+        self.role, self.left = "standby", 0
+        self.promotion = Promotion(Policy.PROMOTE)
 
     def tick(self, now_ns: int) -> None:
         assert not self.closed
         self.ticks += 1
+
+    def promote(self, now_ns: int) -> None:
+        self.role, self.left = "promoted", 3
+
+    def demote(self) -> None:
+        self.role, self.left = "standby", 0
+
+    def progress(self) -> dict[str, Any]:
+        self.left = max(0, self.left - 1)
+        refused = {"no_laddr": 2} if self.role == "promoted" else {}
+        return {"role": self.role, "waiting": self.left, "installed": 5, "refused": refused, "retrying": len(refused)}
 
     def counters(self) -> Mapping[str, Any]:
         return {"installed": 5}
@@ -295,3 +309,36 @@ def test_a_long_answer_does_not_hold_up_the_loop(tmp_path: Path) -> None:
             assert worst < 0.2
 
     run(body())
+
+
+def test_promotion_and_demotion(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with SimulatedNode("a", tmp_path, injector=FakeInjector()) as a:
+            began = time.monotonic()
+            (line,) = await answer(a, "promote", wait=0.5)
+            assert time.monotonic() - began >= 0.5, "what is refused is waited for"
+            assert line["took_ms"] >= 500
+            assert (line["role"], line["waiting"], line["refused"]) == ("promoted", 0, {"no_laddr": 2})
+            (line,) = await answer(a, "demote")
+            assert line["role"] == "standby"
+            for wrong in ("soon", -1, True, 1e9):
+                with pytest.raises(AdminError, match="not a number of seconds"):
+                    await answer(a, "promote", wait=wrong)
+        async with SimulatedNode("b", tmp_path) as b:
+            with pytest.raises(AdminError, match="not put into this DPVS"):
+                await answer(b, "promote")
+
+    asyncio.run(body())
+
+
+def test_what_nobody_puts_in_does_not_pile_up(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with SimulatedNode("b", tmp_path) as b, SimulatedNode("a", tmp_path, peers=(b.address,)) as a:
+            for slot in range(20):
+                a.dpvs.create(slot, slot)
+            await until(lambda: len(a.table) == 20 and b.holds(a))
+            replica = b.replica_of("a")
+            assert replica is not None
+            await until(lambda: replica.pending.pending == 0)
+
+    asyncio.run(body())
