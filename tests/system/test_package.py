@@ -18,6 +18,7 @@ from tests.lab.pair import Pair
 SOURCES = ("probes", "collector", "replicator", "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md",
            "CHANGELOG.md")  # fmt: skip
 NEEDED = (
+    "collector/rows.pxd",
     "probes/agent/agent.so",
     "probes/agent/agent_abi.h",
     "probes/bpf/session.bpf.c",
@@ -89,10 +90,13 @@ def test_the_source_archive_holds_sources_only(sdist: Path) -> None:
 
 
 def test_the_wheel_holds_bpf_sources_layouts_and_agent(wheel: Path) -> None:
-    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    version = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.name.endswith(f"-{version}-{version}-linux_x86_64.whl")  # there are loops in it, compiled for it
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert set(NEEDED) <= names
+    for module in ("collector/rows", "replicator/packing"):
+        assert [name for name in names if name.startswith(f"{module}.{sys.implementation.cache_tag}")], module
     shim = {str(path.relative_to(ROOT)) for path in (ROOT / "probes/bpf").rglob("*.h")}
     assert shim <= names
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
