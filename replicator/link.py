@@ -34,7 +34,7 @@ from collector.table import Dirty, SessionTable, Taken
 from . import codec, packing, wire
 from .codec import ENDED, IPV4, IPV6, SIZES, Buffer
 from .compression import Pays
-from .engine import Down, Engine, Event, LinkSettings, State, Synced, Syncing, Up
+from .engine import SECOND, Down, Engine, Event, LinkSettings, State, Synced, Syncing, Up
 from .histogram import Histogram
 from .packing import Telling
 from .replica import Generations, LinkRefused, Replica, Replicas
@@ -63,6 +63,9 @@ _SORTS = (
 _TOLD_NOTHING = Dirty(0).claim(0)
 ENDED_SO = "the connection ended"
 CLAIM = 4096  # slots taken from the marks at once
+FULL_SYNCS_A_SECOND = (
+    100  # that a receiver takes: each costs it a look at all slots of the origin, however little it says
+)
 Picks = Callable[[Slots], Bools]  # for the slots of n sessions: which of them a peer is to hold
 
 
@@ -401,6 +404,7 @@ class Receiver(Engine):
         self._replicas = replicas
         self._acknowledged = 0
         self._gap = False  # something was missed since the last SNAPSHOT_BEGIN
+        self._second_ns, self._begun = now_ns, 0  # full syncs that began in this second
         self._start(now_ns)
 
     def disconnected(self, now_ns: int, why: str = ENDED_SO, loss: Loss = Loss.ENDED) -> None:
@@ -465,6 +469,14 @@ class Receiver(Engine):
             self.state = State.SYNCING
             self._replicas.distrust(replica)
 
+    def _bound(self, now_ns: int) -> None:
+        """One more full sync begins; raises ProtocolError where that is more than makes sense."""
+        if now_ns - self._second_ns >= SECOND:
+            self._second_ns, self._begun = now_ns, 0
+        self._begun += 1
+        if self._begun > FULL_SYNCS_A_SECOND:
+            raise ProtocolError(Fault.UNEXPECTED, f"more than {FULL_SYNCS_A_SECOND} full syncs in a second")
+
     def _take(self, frame: Frame, replica: Replica, now_ns: int) -> None:
         if frame.opcode is Opcode.DELETE:
             slots, generations = codec.parse_deletes(frame.body, replica.slots)
@@ -472,6 +484,7 @@ class Receiver(Engine):
             replica.end(slots, generations, now_ns)
         elif frame.opcode is Opcode.SNAPSHOT_BEGIN:
             number, _ = wire.parse_snapshot_begin(frame.body)
+            self._bound(now_ns)
             self._gap = False
             self.state = State.SYNCING
             replica.begin_full_sync(number, now_ns)

@@ -11,7 +11,7 @@ import pytest
 from collector.record import RECORD, Records, pick
 from collector.table import SessionTable
 from replicator import wire
-from replicator.link import Down, Event, LinkSettings, Receiver, Sender, State, Synced, Syncing, Up
+from replicator.link import FULL_SYNCS_A_SECOND, Down, Event, LinkSettings, Receiver, Sender, State, Synced, Syncing, Up
 from replicator.replica import Replica, Replicas
 from replicator.wire import Hello, Opcode, Reason, Role, SyncReason
 from tests.unit.session_records import sessions
@@ -572,6 +572,28 @@ def test_noise_ends_the_link_with_a_word(joined: Joined) -> None:
     joined.up.extend(bytes(b) for b in joined.receiver.outgoing(joined.now_ns))
     joined.sender.receive(joined.up.popleft(), joined.now_ns)
     assert events(joined.sender)[-1] == down._replace(by_peer=True)
+
+
+def test_full_syncs_without_end_end_the_link(joined: Joined) -> None:
+    receiver = joined.receiver
+    assert receiver is not None
+
+    def begin_and_end(number: int, now_ns: int) -> None:
+        for pack in (wire.pack_snapshot_begin, wire.pack_snapshot_end):
+            more = (SyncReason.GAP,) if pack is wire.pack_snapshot_begin else ()
+            receiver.receive(pack(receiver._sequence + 1, number, *more), now_ns)
+
+    number = 10
+    for second in range(3):  # as many as are taken, again and again
+        for _ in range(FULL_SYNCS_A_SECOND - 1):
+            number += 1
+            begin_and_end(number, joined.now_ns + (second + 1) * SECOND)
+    assert not receiver.closed
+    begin_and_end(number + 1, joined.now_ns + 3 * SECOND)
+    begin_and_end(number + 2, joined.now_ns + 3 * SECOND)
+    assert receiver.closed
+    (down,) = (event for event in events(receiver) if isinstance(event, Down))
+    assert "full syncs in a second" in down.why
 
 
 def test_data_before_hello_ends_the_link() -> None:
