@@ -182,7 +182,10 @@ class _Attachment:
         proving.first()
         sites = session_sites(target.function)
 
-        me = Hello(name, time.time_ns(), Role.SENDER, pool.slots, instance=instance_of(target))
+        workers = len(target.workers())
+        me = Hello(
+            name, time.time_ns(), Role.SENDER, pool.slots, instance=instance_of(target), workers=workers
+        )  # fmt: skip
         transport = Transport(
             options.mode,
             tls,
@@ -226,7 +229,9 @@ class _Attachment:
             ownership = Ownership(table, me.node_id, collector.release)
             promotion = Promotion(options.policy)
             agent = tried_first(client, layout, pool, control, modes)
-            injector = Injector(agent, lambda: replicas, ownership=ownership, promotion=promotion)
+            injector = Injector(
+                agent, lambda: replicas, ownership=ownership, promotion=promotion, workers=workers
+            )  # fmt: skip
         outbound = [
             Outbound(dialer, Sender(table, table.add_peer(dialer.address), me, options.link), CLOCK)
             for dialer in dialers

@@ -14,6 +14,7 @@ Rules
 - The agent is asked from one thread of our own: DPVS's control socket may be slow, and nothing here may wait for it.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ from probes.errors import DpvsProbeError
 from .ownership import THEIRS, UNKNOWN, Ownership
 from .promotion import SAMPLE, Promotion
 
+log = logging.getLogger(__name__)
+
 REFRESH_NS = 10_000_000_000
 MIN_COPY_TIMEOUT_MS = 30_000  # three refreshes, for states that DPVS itself would drop sooner
 BACK_OFF_NS = 100_000_000  # after the control socket failed
@@ -94,7 +97,11 @@ class Origin(Protocol):
     @property
     def node_id(self) -> int: ...
     @property
+    def node(self) -> str: ...
+    @property
     def instance(self) -> int: ...  # of the DPVS process
+    @property
+    def workers(self) -> int: ...  # that it has; 0: not known
     @property
     def slots(self) -> int: ...
     @property
@@ -129,7 +136,8 @@ class _Orphans:
     """Copies of an earlier run of a node that its present run does not name: a replica that wants none of them."""
 
     link_up = False
-    instance = 0
+    instance = workers = 0
+    node = ""
 
     def __init__(self, node_id: int, count: int) -> None:
         self.node_id, self.slots = node_id, count
@@ -156,6 +164,7 @@ class _Copies:
     cursor: int = 0
     refreshed_ns: int = 0
     inherited: bool = False
+    strange: bool = False  # its DPVS has another number of workers than ours
     refused: int = 0  # at the last look, while a promotion goes on
 
     def __post_init__(self) -> None:
@@ -201,8 +210,11 @@ class Injector:
         executor: Executor | None = None,
         ownership: Ownership | None = None,
         promotion: Promotion | None = None,
+        workers: int = 0,
     ) -> None:
+        """``workers``: how many this DPVS has; 0: not known, and nothing depends on it."""
         self._agent = agent
+        self._workers = workers
         self.promotion = promotion or Promotion()
         self._ownership = ownership
         self._now_ns = 0
@@ -234,7 +246,7 @@ class Injector:
         for key, replica in current.items():
             copies = self._copies.get(key)
             if copies is None:
-                copies = self._copies[key] = _Copies(replica, refreshed_ns=now_ns)
+                copies = self._copies[key] = self._meet(replica, now_ns)
             if self.stopped or now_ns < self._not_before_ns:
                 copies.refreshed_ns = now_ns
                 continue
@@ -448,6 +460,8 @@ class Injector:
             return
         records = pick(c.replica.records, slots)
         want = c.replica.present[slots] & injectable(records) & self.promotion.puts_in
+        if c.strange:
+            want = self._without_fnat(c, slots, records, want)
         c.offer[slots[~want]] = False
         same = ~((words(records)[:, _FIRST:_LAST] ^ c.installed[slots]) & _TUPLE).any(axis=1)
         delete = c.has[slots] & ~(want & same)
@@ -475,6 +489,27 @@ class Injector:
         ops = np.stack((np.full(len(slots), abi.RecordOp.DELETE, np.uint8), how), axis=1).ravel()
         chosen = np.flatnonzero(np.stack((delete, put), axis=1).ravel())
         self._submit(c, np.repeat(slots, 2)[chosen], ops[chosen], pairs[chosen].view(RECORD).ravel())
+
+    def _without_fnat(self, c: _Copies, slots: Slots, records: Records, want: Bools) -> Bools:
+        """``want`` without the FullNAT sessions, which are refused: their local port belongs to one worker, and the
+        client's packets would come to another one.
+        """
+        lost = want & (records["fwdmode"] == FNAT)
+        again = c.code[slots[lost]] == abi.Code.WRONG_WORKER
+        self.by_code[abi.Code.WRONG_WORKER] += int(np.count_nonzero(~again))
+        c.code[slots[lost]] = abi.Code.WRONG_WORKER
+        return np.asarray(want & ~lost)
+
+    def _meet(self, replica: Origin, now_ns: int) -> _Copies:
+        """A replica that we did not know."""
+        strange = self._workers > 1 and replica.workers not in (0, self._workers)
+        if strange:
+            log.warning(
+                "DPVS of node %s has %d workers, this one %d: a FullNAT session of it would get its packets on another "
+                "worker than the one that has its local port, so none is put in (wrong_worker)",
+                replica.node, replica.workers, self._workers,
+            )  # fmt: skip
+        return _Copies(replica, refreshed_ns=now_ns, strange=strange)
 
     def _contest(self, ownership: Ownership, c: _Copies, slots: Slots, records: Records, stands: Bools) -> Bools:
         """Which of n sessions of a peer stand in our table too, and are theirs. ``stands``: a copy of it is here."""

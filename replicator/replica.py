@@ -41,6 +41,7 @@ class Replica:
 
     def __init__(self, hello: Hello, number: int) -> None:
         self.node, self.node_id, self.epoch, self.instance = hello.node, hello.node_id, hello.epoch, hello.instance
+        self.workers = hello.workers  # of its DPVS; 0: not known
         self.number = number  # names what we hold; another number after anything was let go
         self.slots = hello.slots
         self._words = np.zeros((self.slots, WORDS), np.uint64)

@@ -20,9 +20,10 @@ VERSION = 1
 HEADER = struct.Struct("<HBBIQ")
 MAX_BODY = 1 << 20
 MAX_NAME = 64
+MAX_WORKERS = 255  # one byte; DPVS has at most 64
 MAX_TEXT = 256
 
-_HELLO = struct.Struct("<BBBBIQQQQII")  # then the name
+_HELLO = struct.Struct("<BBBBIQQQQII")  # then the name, then workers u8 where they are known
 _REFUSE = struct.Struct("<HH")  # then the text
 _SNAPSHOT = struct.Struct("<II")
 _U32 = struct.Struct("<I")
@@ -152,6 +153,7 @@ class Hello:
     capabilities: int = LZ4
     schema: int = SCHEMA
     versions: tuple[int, int] = (VERSION, VERSION)
+    workers: int = 0  # of the DPVS, at most MAX_WORKERS; 0: not known
 
     @property
     def node_id(self) -> int:
@@ -181,7 +183,7 @@ def pack_hello(hello: Hello) -> bytes:
         *hello.versions, hello.role, len(name), hello.schema, hello.node_id, hello.epoch, hello.instance, hello.replica,
         hello.slots, hello.capabilities,
     )  # fmt: skip
-    return pack(Opcode.HELLO, 0, fixed + name)
+    return pack(Opcode.HELLO, 0, fixed + name + (bytes([min(hello.workers, MAX_WORKERS)]) if hello.workers else b""))
 
 
 def parse_hello(body: bytes) -> Hello:
@@ -201,7 +203,8 @@ def parse_hello(body: bytes) -> Hello:
         raise ProtocolError(Fault.TEXT, "a node name that cannot be printed")
     if node_id(name) != number:
         raise ProtocolError(Fault.TEXT, f"the id of node '{name}' is not its own")
-    return Hello(name, epoch, Role(role), slots, instance, replica, capabilities, schema, (low, high))
+    workers = body[_HELLO.size + length] if len(body) > _HELLO.size + length else 0
+    return Hello(name, epoch, Role(role), slots, instance, replica, capabilities, schema, (low, high), workers)
 
 
 def pack_refuse(reason: Reason, text: str) -> bytes:

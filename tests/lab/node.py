@@ -70,6 +70,7 @@ class Settings:
     """What both nodes of a pair share."""
 
     workers: int = 1
+    workers_of_b: int = 0  # where it is to have another number of them
     established_timeout_s: int = 90
     udp_timeout_s: int = 300
     udp_oneway_s: int = 60
@@ -118,6 +119,11 @@ class Node(ABC):
     def limit(self, service: Service, connections: int) -> None:
         """Each real server of a service takes that many connections, 0: any number; all workers together."""
 
+    @property
+    def workers(self) -> int:
+        """How many workers this node has."""
+        return (self.name == "b" and self.settings.workers_of_b) or self.settings.workers
+
     @abstractmethod
     def counters(self) -> Counters:
         """Connection counts and used local ports, as DPVS itself says."""
@@ -127,7 +133,7 @@ class Node(ABC):
         settings = self.settings
         options = config.eal(
             first_cpu={"a": 0, "b": 1}[self.name],  # the two masters, and the two workers, on different CPUs
-            workers=settings.workers,
+            workers=self.workers,
             prefix=self.file_prefix,
             huge=self.run.huge,
             memory_mib=settings.memory_mib,
@@ -139,7 +145,7 @@ class Node(ABC):
         self.conf.write_text(
             config.text(
                 log=self.directory / "dpvs.log",
-                workers=settings.workers,
+                workers=self.workers,
                 pool=settings.pool,
                 established_s=settings.established_timeout_s,
                 udp_s=settings.udp_timeout_s,

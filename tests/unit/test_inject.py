@@ -69,6 +69,7 @@ class FakeMarks:
 class FakeReplica:
     def __init__(self, slots: int = SLOTS) -> None:
         self.node_id, self.instance = 7, 1
+        self.node, self.workers = "a", 0
         self.slots = slots
         self.records: Records = np.zeros(slots, RECORD)
         self.present = np.zeros(slots, np.bool_)
