@@ -181,9 +181,11 @@ def failover(pair: Pair, workers: int) -> dict[Case, str]:
 
         seen = _until(SETTLED_S, settled, lambda now: all(now[case] == size[case] for case in size))
         counts = counted(pair, pair.b)
+        status = pair.b.attached[-1].status()
+        said = {name: status["injection"][name] for name in ("results", "under_way", "stopped", "contested")}
         for case, n in size.items():
             if seen[case] != n:
-                fault(case, f"{seen[case]} sessions for {n} that are alive")
+                fault(case, f"{seen[case]} sessions for {n} that are alive ({said}, agent {status.get('agent')})")
             if counts[case] != ((n, 0) if case[1] == "tcp" else (0, n)):
                 fault(case, f"counted (active, inactive) {counts[case]} for {n} that are alive")
         _same(traffic, fault, "at the end")
