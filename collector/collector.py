@@ -82,7 +82,8 @@ class Settings:
         pass_small_ns: int = 100 * MS,
         pass_large_ns: int = SECOND,
         small_slots: int = 1 << 16,
-        slice_slots: int = 1 << 11,
+        slice_slots: int = 1 << 14,
+        slice_busy: int = 1 << 11,
         young_ns: int = 3 * SECOND,
         young_each_tick: int = 1 << 12,
         drain_events: int = 1 << 15,
@@ -93,6 +94,7 @@ class Settings:
         self.pass_large_ns = pass_large_ns  # one walk over any larger pool
         self.small_slots = small_slots
         self.slice_slots = slice_slots  # looked at in one go, at most
+        self.slice_busy = slice_busy  # the same while events come, which shall not wait for it
         self.young_ns = young_ns  # how long a slot is looked at each tick at most
         self.young_each_tick = young_each_tick  # looks a tick that no event asked for, at most
         self.drain_events = drain_events  # taken from the ring a tick, at most
@@ -142,6 +144,7 @@ class Collector:
         self._passes = 0
         self._pass_began_ns: int | None = None
         self.behind = False  # the last tick left events in the ring
+        self._busy = False  # the last tick found events there
         self.counters: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
 
     def set_workers(self, workers: Mapping[int, int]) -> None:
@@ -158,6 +161,7 @@ class Collector:
     def tick(self, now_ns: int) -> Applied:
         """Drain the ring, and look at what the events named and at what the last looks left open."""
         heard = self._hear()
+        self._busy = len(heard) > 0
         self._count_lost()
         waiting = self._watch
         if len(heard):
@@ -175,7 +179,8 @@ class Collector:
 
     def scan(self, now_ns: int) -> Applied:
         """Look at the next slice of the pool, if it is due."""
-        end = min(self._slice_end(now_ns), self._cursor + self.settings.slice_slots)
+        most = self.settings.slice_busy if self._busy else self.settings.slice_slots
+        end = min(self._slice_end(now_ns), self._cursor + most)
         if end <= self._cursor:
             return NOTHING
         applied = self._scan_to(end, now_ns)
