@@ -182,7 +182,8 @@ def failover(pair: Pair, workers: int) -> dict[Case, str]:
         seen = _until(SETTLED_S, settled, lambda now: all(now[case] == size[case] for case in size))
         counts = counted(pair, pair.b)
         status = pair.b.attached[-1].status()
-        said = {name: status["injection"][name] for name in ("results", "under_way", "stopped", "contested", "socket_errors")}
+        names = ("results", "under_way", "stopped", "contested", "socket_errors")
+        said = {name: status["injection"][name] for name in names}
         for case, n in size.items():
             if seen[case] != n:
                 fault(case, f"{seen[case]} sessions for {n} that are alive ({said}, agent {status.get('agent')})")
