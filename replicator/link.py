@@ -63,9 +63,7 @@ _SORTS = (
 _TOLD_NOTHING = Dirty(0).claim(0)
 ENDED_SO = "the connection ended"
 CLAIM = 4096  # slots taken from the marks at once
-FULL_SYNCS_A_SECOND = (
-    100  # that a receiver takes: each costs it a look at all slots of the origin, however little it says
-)
+FULL_SYNCS_A_SECOND = 100  # that a receiver takes: each costs it a look at all slots of the origin
 Picks = Callable[[Slots], Bools]  # for the slots of n sessions: which of them a peer is to hold
 
 

@@ -3,7 +3,6 @@
 cimport cython
 
 ctypedef unsigned char u8
-ctypedef unsigned int u32
 ctypedef unsigned long long u64
 ctypedef long long i64
 

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from collector import record
 
 U8 = npt.NDArray[np.uint8]
-U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
