@@ -11,6 +11,7 @@ Rules:
 - The scan walks the whole pool in slices. It finds what was there before us, what an event was lost for, and what
   changes without one: states, sequence fields, and a client port that got its TIME_WAIT session back. It compares a
   few words of each slot with what they were on the walk before; only what differs is read, and an eighth of the rest.
+  Where it is alone, no event telling of creations and ends, it walks as often as it can at a fifth of our time.
 - A new generation: the slot was free; or its tuple is another; or an event later than the row's birth says that a
   session was made or freed there. The same tuple with other sequence numbers and no event is an update.
 - A session with flag INJECTED was put in for a peer. As long as it waits for its first packet it is a copy: counted,
@@ -89,6 +90,8 @@ class Settings:
         drain_events: int = 1 << 15,
         slice_least: int = 1 << 9,
         thorough_each: int = 8,
+        alone_least_ns: int = 20 * MS,
+        alone_slot_ns: int = 200,
     ) -> None:
         self.pass_small_ns = pass_small_ns  # one walk over a pool of up to small_slots
         self.pass_large_ns = pass_large_ns  # one walk over any larger pool
@@ -100,6 +103,8 @@ class Settings:
         self.drain_events = drain_events  # taken from the ring a tick, at most
         self.slice_least = slice_least  # less than that is not worth a look
         self.thorough_each = thorough_each  # a walk reads one in so many whole, another one each time
+        self.alone_least_ns = alone_least_ns  # one walk without events takes so long at least,
+        self.alone_slot_ns = alone_slot_ns  # and for each slot so long
 
 
 class Collector:
@@ -116,11 +121,12 @@ class Collector:
         lost: Callable[[], int] | None = None,
         settings: Settings | None = None,
     ) -> None:
-        """``ring``: None when the scan works alone; ``modes``: address of ``dp_vs_xmit_*`` -> forwarding mode;
+        """``ring``: None when the scan works alone for ever; ``modes``: address of ``dp_vs_xmit_*`` -> forwarding mode;
         ``workers``: thread id -> lcore; ``lost``: how many events the program could not put into the ring so far.
         """
         self.settings = settings or Settings()
         self.table = table
+        self.alone = ring is None  # no event tells of creations and ends now
         self.copies = 0  # slots that held a copy of ours when last read
         self._pool, self._ring, self._modes = pool, ring, dict(modes)
         self._lost = lost
@@ -208,8 +214,11 @@ class Collector:
 
     @property
     def _period_ns(self) -> int:
-        settings = self.settings
-        return settings.pass_small_ns if self._pool.slots <= settings.small_slots else settings.pass_large_ns
+        settings, slots = self.settings, self._pool.slots
+        usual = settings.pass_small_ns if slots <= settings.small_slots else settings.pass_large_ns
+        if not self.alone:
+            return usual
+        return min(usual, max(settings.alone_least_ns, settings.alone_slot_ns * slots))
 
     def _slice_end(self, now_ns: int) -> int:
         """Where the walk should be by now; the cursor itself when too little is due to be worth a call."""

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Compile, load and attach the probe program. The only file that imports bcc.
 
-Rules: compiling is slow (half a second) and happens once; attaching and detaching are quick and may happen as often as
-the governor likes. Kernel headers of the running kernel are used where there are any, else the few in ``bpf/shim`` over
-linux-libc-dev; BCC_KERNEL_SOURCE, if the user has set it, is left alone. Nothing is read by bcc afterwards: the ring
-and the counters are mapped and read as numpy arrays. What happened while the probes were off, only a scan can tell.
+Rules: compiling is slow (half a second) and happens once; attaching and detaching take some hundredths of a second,
+may happen as often as the governor likes, and on a thread beside the one that drains the ring. How the probes are put
+on (one link for all sites, or a perf event each) and what a hit costs is found out on a process of our own. Kernel
+headers of the running kernel are used where there are any, else the few in ``bpf/shim`` over linux-libc-dev;
+BCC_KERNEL_SOURCE, if the user has set it, is left alone. Nothing is read by bcc afterwards: the ring and the counters
+are mapped and read as numpy arrays. What happened while the probes were off, only a scan can tell.
 """
 
 import atexit
 import importlib.util
+import logging
 import mmap
 import os
 import platform
@@ -27,16 +30,19 @@ import numpy.typing as npt
 
 from probes.errors import DpvsProbeError, NeedRoot
 from probes.layout import SESSION, Layout
-from probes.ring import Ring
+from probes.practice import Costs, Practice, PracticeFailed, assumed, median_of_rounds
+from probes.ring import CREATE, FREE, Ring
 from probes.sites import Site
 from probes.target import Target
-from probes.uprobe import Uprobe
+from probes.uprobe import TRACE_UPROBE_MULTI, MultiUprobe, Uprobe
 
 RING_PAGES = 2048  # 8 MiB: 200 000 events
 # One cache line of counters for each CPU; the order is that of bpf/session.bpf.c.
 COUNTERS = ("hits_create", "hits_free", "injected", "lost", "unreadable")
 COUNTERS_PER_CPU = 8
 SOURCE_VARIABLE = "BCC_KERNEL_SOURCE"
+
+log = logging.getLogger(__name__)
 
 
 class BccMissing(DpvsProbeError):
@@ -75,19 +81,27 @@ class Probes:
             f"-DRING_PAGES={ring_pages}",
             f"-DCOUNTER_SLOTS={cpus * COUNTERS_PER_CPU}",
         ]
-        self._uprobes: list[Uprobe] = []
+        self._uprobes: list[Uprobe | MultiUprobe] = []
         self._rings: list[Ring] = []
         self._bpf = _compile(flags)
         try:
-            self._programs = [_load(self._bpf, name) for name in (b"session_create", b"session_free")]
+            self._either = _load_multi(self._bpf, b"session_either")
+            self._programs: list[int] = []
             self.map_fd: int = self._bpf[b"events"].map_fd
             self._counters_map = mmap.mmap(
                 self._bpf[b"counters"].map_fd, _pages(cpus * COUNTERS_PER_CPU * 8), mmap.MAP_SHARED, mmap.PROT_READ
             )
             counters = np.frombuffer(self._counters_map, np.uint64, cpus * COUNTERS_PER_CPU)
             self._counters: npt.NDArray[np.uint64] = counters.reshape(cpus, COUNTERS_PER_CPU)
+            self._before: npt.NDArray[np.uint64] = np.zeros_like(self._counters)
         except BaseException:
             _free(self._bpf)
+            raise
+        self.costs = assumed(self.sites)
+        try:
+            self._practise()
+        except BaseException:
+            self.close()
             raise
 
     @classmethod
@@ -112,12 +126,74 @@ class Probes:
         if self._uprobes:
             return
         try:
-            for site, program in zip(self.sites, self._programs, strict=True):
-                offset = self._target.file_offset(site.address)
-                self._uprobes.append(Uprobe(program, self._target.pid, self._target.exe_path, offset))
+            offsets = [self._target.file_offset(site.address) for site in self.sites]
+            self._uprobes = self._put(self._target.pid, self._target.exe_path, offsets)
         except BaseException:
             self.detach()
             raise
+
+    @property
+    def how(self) -> str:
+        """How the probes are put on their sites."""
+        return "one link for all sites" if self._either is not None else "a perf event for each site"
+
+    def _put(self, pid: int, path: str, offsets: Sequence[int]) -> list[Uprobe | MultiUprobe]:
+        if self._either is not None:
+            return [MultiUprobe(self._either, pid, path, offsets, (CREATE, FREE))]
+        if not self._programs:
+            self._programs = [_load(self._bpf, name) for name in (b"session_create", b"session_free")]
+        put: list[Uprobe | MultiUprobe] = []
+        try:
+            for program, offset in zip(self._programs, offsets, strict=True):
+                put.append(Uprobe(program, pid, path, offset))
+        except BaseException:
+            for uprobe in put:
+                uprobe.close()
+            raise
+        return put
+
+    def _practise(self) -> None:
+        """Find out on a process of our own which way works and what a hit costs. Nothing of it is counted or heard."""
+        try:
+            with Practice([(site.kind, site.conn_register) for site in self.sites]) as practice:
+                bare = [practice.run(which, 10_000) for which in range(2)]
+                costs = self._try(practice)
+                if costs is None and self._either is not None:
+                    self._either = None  # this kernel's link passes over threads, or is not there
+                    costs = self._try(practice)
+        except PracticeFailed as error:
+            log.warning("the cost of a hit is not measured: %s", error)
+            if self._either is not None:
+                self._either = None  # not known to fire on every thread
+            return
+        finally:
+            self._before = self._counters.copy()
+            with Ring.map(self.map_fd, self.ring_bytes) as ring:
+                while len(ring.drain()):
+                    pass
+        if costs is not None:
+            create, free = (max(0.0, cost - one) for cost, one in zip(costs, bare, strict=True))
+            self.costs = Costs(create, free, measured=True)
+
+    def _try(self, practice: Practice) -> tuple[float, float] | None:
+        """Nanoseconds of each loop with the probes on; None if they cannot be put on, or a hit was not counted."""
+        before = self.hits()
+        try:
+            uprobes = self._put(practice.pid, practice.path, practice.offsets)
+        except DpvsProbeError as error:
+            log.debug("%s: %s", self.how, error)
+            return None
+        try:
+            create, creates = median_of_rounds(practice, 0, self.sites[0].cost_ns)
+            free, frees = median_of_rounds(practice, 1, self.sites[1].cost_ns)
+        finally:
+            for uprobe in uprobes:
+                uprobe.close()
+        after = self.hits()
+        if (after["create"] - before["create"], after["free"] - before["free"]) != (creates, frees):
+            log.debug("%s: %d of %d hits counted", self.how, after["create"] - before["create"], creates)
+            return None
+        return create, free
 
     def detach(self) -> None:
         """Take the probes away; the ring stays and can still be drained."""
@@ -133,7 +209,7 @@ class Probes:
 
     def counters(self) -> dict[str, int]:
         """All counters since loading: no system call, may be asked as often as one likes."""
-        sums = self._counters.sum(axis=0)
+        sums = self._counted().sum(axis=0)
         return {name: int(sums[index]) for index, name in enumerate(COUNTERS)}
 
     def hits(self) -> dict[str, int]:
@@ -141,9 +217,16 @@ class Probes:
         counters = self.counters()
         return {"create": counters["hits_create"], "free": counters["hits_free"]}
 
+    def hits_by_cpu(self) -> npt.NDArray[np.uint64]:
+        """Shape (possible CPUs, 2): how often the create and the free site were hit on each since loading."""
+        return self._counted()[:, :2]
+
     def lost(self) -> int:
         """Events that found the ring full."""
-        return int(self._counters[:, COUNTERS.index("lost")].sum())
+        return int(self._counted()[:, COUNTERS.index("lost")].sum())
+
+    def _counted(self) -> npt.NDArray[np.uint64]:
+        return self._counters - self._before
 
     def close(self) -> None:
         """Detach and give everything back: descriptors, maps, memory."""
@@ -152,7 +235,8 @@ class Probes:
             ring.close()
         self._rings = []
         if self._bpf is not None:
-            self._counters = np.zeros((1, COUNTERS_PER_CPU), np.uint64) + self._counters.sum(axis=0)
+            self._counters = self._counted()
+            self._before = np.zeros_like(self._counters)
             self._counters_map.close()
             _free(self._bpf)
             self._bpf = None
@@ -258,6 +342,17 @@ def _load(bpf: Any, name: bytes) -> int:
     if os.geteuid() != 0:
         raise NeedRoot("loading a BPF program needs root")
     raise ProgramFailed(f"the kernel does not accept the probe program {name.decode()}: {message}")
+
+
+def _load_multi(bpf: Any, name: bytes) -> int | None:
+    """A program for one link on several sites; None where the kernel has no such links."""
+    bcc = _import_bcc()
+    with _captured():
+        try:
+            fd: int = bpf.load_func(name, bcc.BPF.KPROBE, attach_type=TRACE_UPROBE_MULTI).fd
+            return fd
+        except Exception:
+            return None
 
 
 def _free(bpf: Any) -> None:

@@ -406,6 +406,16 @@ class Target:
         """Thread id -> lcore of the forwarding and other worker threads, by the names DPDK gives them."""
         return {tid: int(m[1]) for tid, name in self.threads().items() if (m := _WORKER.match(name))}
 
+    def worker_cpus(self) -> dict[int, set[int]]:
+        """lcore -> the CPUs its thread may run on; DPDK pins each to one or a few."""
+        found = {}
+        for tid, lcore in self.workers().items():
+            try:
+                found[lcore] = os.sched_getaffinity(tid)
+            except OSError:
+                continue  # a thread that has just ended
+        return found
+
     def control_thread(self) -> int:
         """Thread id of DPDK's interrupt thread: asleep in epoll_wait nearly always."""
         for tid, name in self.threads().items():

@@ -5,12 +5,18 @@ Rules: perf_event_open with the kernel's uprobe event source, no tracefs needed.
 process named, in all its threads, and into no other process of the same program; the program file is named by
 /proc/PID/exe, so a replaced or deleted file and another mount namespace make no difference. Closing the descriptor
 removes the breakpoint: nothing of ours stays in the process, even if we are killed. include/uapi/linux/perf_event.h.
+
+Two ways: a perf event for each instruction, on any kernel; and since Linux 6.6 one link for all of them, which is put
+on and taken off several times as fast, and passes less code at each hit. The program learns from its cookie which
+instruction it was. include/uapi/linux/bpf.h: BPF_LINK_CREATE, BPF_TRACE_UPROBE_MULTI.
 """
 
 import ctypes
 import errno
 import fcntl
 import os
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +27,10 @@ _TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
 _SYS_PERF_EVENT_OPEN = 298  # x86-64
 _FLAG_CLOEXEC = 8
 _IOC_ENABLE, _IOC_DISABLE, _IOC_SET_BPF = 0x2400, 0x2401, 0x40042408
+_SYS_BPF = 321  # x86-64
+_LINK_CREATE = 28
+TRACE_UPROBE_MULTI = 48  # enum bpf_attach_type: what a program for ``MultiUprobe`` is loaded as
+_LINK_ATTR = struct.Struct("<4I4Q3I4x")  # union bpf_attr, link_create, uprobe_multi
 
 
 class ProbeFailed(DpvsProbeError):
@@ -78,6 +88,39 @@ class Uprobe:
         self.close()
 
 
+class MultiUprobe:
+    """One program on several instructions of a process; raises ProbeFailed where the kernel has no such link.
+
+    ``cookies``: what ``bpf_get_attach_cookie`` says at each of ``offsets``.
+    """
+
+    def __init__(self, prog_fd: int, pid: int, path: str, offsets: Sequence[int], cookies: Sequence[int]) -> None:
+        count = len(offsets)
+        name = ctypes.create_string_buffer(os.fsencode(path))
+        where, what = (ctypes.c_uint64 * count)(*offsets), (ctypes.c_uint64 * count)(*cookies)
+        attr = ctypes.create_string_buffer(
+            _LINK_ATTR.pack(
+                prog_fd, 0, TRACE_UPROBE_MULTI, 0,
+                ctypes.addressof(name), ctypes.addressof(where), 0, ctypes.addressof(what), count, 0, pid,
+            ),
+            _LINK_ATTR.size,
+        )  # fmt: skip
+        self.fd: int = _libc.syscall(_SYS_BPF, _LINK_CREATE, ctypes.byref(attr), _LINK_ATTR.size)
+        if self.fd < 0:
+            raise _failure(ctypes.get_errno(), pid, f"{path} at {count} places")
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
 def _open(pid: int, path: str, offset: int) -> int:
     try:
         source = int(_TYPE.read_text())
@@ -92,9 +135,12 @@ def _open(pid: int, path: str, offset: int) -> int:
     fd: int = _libc.syscall(_SYS_PERF_EVENT_OPEN, ctypes.byref(attr), pid, -1, -1, ctypes.c_ulong(_FLAG_CLOEXEC))
     if fd >= 0:
         return fd
-    code = ctypes.get_errno()
+    raise _failure(ctypes.get_errno(), pid, f"{path}+{offset:#x}")
+
+
+def _failure(code: int, pid: int, where: str) -> DpvsProbeError:
     if code in (errno.EPERM, errno.EACCES):
-        raise NeedRoot(f"process {pid} may not be probed: {os.strerror(code)}")
+        return NeedRoot(f"process {pid} may not be probed: {os.strerror(code)}")
     if code == errno.ESRCH:
-        raise ProbeFailed(f"process {pid} has ended", help_text="Start DPVS again, then attach to the new process.")
-    raise ProbeFailed(f"cannot probe {path}+{offset:#x}: {os.strerror(code)}")
+        return ProbeFailed(f"process {pid} has ended", help_text="Start DPVS again, then attach to the new process.")
+    return ProbeFailed(f"cannot probe {where}: {os.strerror(code)}")

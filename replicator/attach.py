@@ -19,6 +19,8 @@ from hashlib import blake2b
 from typing import Any
 
 from collector.collector import Collector
+from collector.governed import Governed
+from collector.governor import Limits
 from collector.record import DR, FNAT, NAT, SNAT, TUNNEL
 from collector.rows import require_compiled
 from collector.table import SessionTable
@@ -86,6 +88,7 @@ class Options:
     run_dir: RunDir = field(default_factory=RunDir)
     layout: str | None = None
     ring_pages: int = RING_PAGES
+    probe_budget: float = Limits.budget  # of each worker's time; 0: no probes, the scan works alone
     require_peer_s: float | None = None
     link: LinkSettings = field(default_factory=LinkSettings)
     replicas: int | None = None  # of each session; None: at all peers
@@ -180,7 +183,7 @@ class _Attachment:
         pool = stack.enter_context(SessionPool.open(target, layout))
         proving = Proving(target, layout, pool, control)
         proving.first()
-        sites = session_sites(target.function)
+        sites = session_sites(target.function) if options.probe_budget else ()
 
         workers = len(target.workers())
         me = Hello(
@@ -201,7 +204,9 @@ class _Attachment:
         if options.require_peer_s is not None:
             await reach_any(dialers, options.require_peer_s)
         await asyncio.sleep(0)  # signals get in between steps
-        probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
+        probes: Probes | None = None
+        if sites:
+            probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
         await asyncio.sleep(0)
         listener = transport.listener(options.listen) if options.listen else None
         if listener is not None:
@@ -209,9 +214,11 @@ class _Attachment:
             await listener.start()
 
         # Touch.
-        probes.reattach()
-        for site in sites:
-            log.info("probe at %s: %s (%s)", site.function, site.mnemonic, site.why)
+        if probes is not None:
+            probes.reattach()
+            _say(probes)
+        else:
+            log.info("no probes: the scan works alone")
         await asyncio.sleep(0)
         replicas = Replicas(Hello(name, me.epoch, Role.RECEIVER, instance=me.instance))
         client: AgentClient | None = None
@@ -224,7 +231,13 @@ class _Attachment:
             await asyncio.sleep(0)
 
         table = SessionTable(pool.slots)
-        collector = Collector(pool, probes.ring(), table, modes=modes, workers=target.workers(), lost=probes.lost)
+        ring, lost = (probes.ring(), probes.lost) if probes is not None else (None, None)
+        collector = Collector(pool, ring, table, modes=modes, workers=target.workers(), lost=lost)
+        governed: Governed | None = None
+        if probes is not None:
+            limits = Limits(budget=options.probe_budget)
+            governed = Governed(probes, collector, list(target.worker_cpus().values()), CLOCK(), limits=limits)
+            stack.callback(governed.close)
         if client is not None:
             ownership = Ownership(table, me.node_id, collector.release)
             promotion = Promotion(options.policy)
@@ -257,6 +270,7 @@ class _Attachment:
                 links=links,
                 admin_path=options.run_dir.socket_path(target.pid),
                 injector=injector,
+                governed=governed,
                 origins=max(1, len(dialers)) if listener is not None else 0,
                 pidfd=target.pidfd,
                 release=pool.close,
@@ -272,7 +286,7 @@ class _Attachment:
                     "listen": listener.address if listener else None,
                     "links": str(transport),
                 },
-                more=lambda: _more(probes, sites, client),
+                more=lambda: _more(probes, governed, client),
             )
         )
 
@@ -344,15 +358,25 @@ def node_name(given: str | None, tls: Tls | None = None) -> str:
     return name
 
 
-def _more(probes: Probes, sites: Any, client: AgentClient | None) -> Mapping[str, Any]:
+def _say(probes: Probes) -> None:
+    """Where the probes are and what they cost, once."""
+    for site in probes.sites:
+        log.info("probe at %s: %s (%s)", site.function, site.mnemonic, site.why)
+    costs = probes.costs
+    known = "measured" if costs.measured else "assumed"
+    log.info("%s, %.1f us of a worker's time a session (%s)", probes.how, costs.session_ns / 1000, known)
+
+
+def _more(probes: Probes | None, governed: Governed | None, client: AgentClient | None) -> Mapping[str, Any]:
     """For status: what the probes and the agent say now."""
-    said: dict[str, Any] = {
-        "probes": {
-            "sites": [{"function": s.function, "instruction": s.mnemonic, "kind": s.kind} for s in sites],
+    said: dict[str, Any] = {"probes": {"attached": False, "how": "scan only"}}
+    if probes is not None and governed is not None:
+        said["probes"] = {
+            **governed.status(),
+            "sites": [{"function": s.function, "instruction": s.mnemonic, "kind": s.kind} for s in probes.sites],
             "ring_bytes": probes.ring_bytes,
             **probes.counters(),
         }
-    }
     if client is not None:
         try:
             said["agent"] = client.counters()

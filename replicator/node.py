@@ -82,6 +82,13 @@ class Injector(Protocol):
     def close(self) -> None: ...
 
 
+class Governed(Protocol):
+    """``collector.governed.Governed``."""
+
+    def tick(self, now_ns: int) -> None: ...
+    def status(self) -> dict[str, Any]: ...
+
+
 @dataclass
 class Parts:
     """What a node is made of; attach makes the real ones."""
@@ -92,6 +99,7 @@ class Parts:
     links: Links
     admin_path: Path
     injector: Injector | None = None
+    governed: Governed | None = None  # the probes; None where the scan works alone
     origins: int = 0  # peers expected to send us their sessions
     pidfd: int = -1  # readable once the DPVS has ended; -1: nobody watches
     release: Callable[[], None] = lambda: None  # give back what we hold of the DPVS's memory
@@ -195,6 +203,8 @@ class Node:
     def hear(self, now_ns: int) -> None:
         """First half of a round: what the probes say."""
         self.ticks += 1
+        if self._parts.governed is not None:
+            self._parts.governed.tick(now_ns)
         self._note(self._parts.collector.tick(now_ns), now_ns)
         if self._prove is None:
             self._parts.links.poke()

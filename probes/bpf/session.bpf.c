@@ -63,6 +63,7 @@ static inline int seen(u64 conn, u16 kind, u32 hits)
 	return 0;
 }
 
+/* A perf event for each site... */
 int session_create(struct pt_regs *ctx)
 {
 	return seen(ctx->CREATE_CONN, CREATE, HITS_CREATE);
@@ -70,5 +71,13 @@ int session_create(struct pt_regs *ctx)
 
 int session_free(struct pt_regs *ctx)
 {
+	return seen(ctx->FREE_CONN, FREE, HITS_FREE);
+}
+
+/* ...or one link for both (Linux 6.6), whose cookie says which. */
+int session_either(struct pt_regs *ctx)
+{
+	if (bpf_get_attach_cookie(ctx) == CREATE)
+		return seen(ctx->CREATE_CONN, CREATE, HITS_CREATE);
 	return seen(ctx->FREE_CONN, FREE, HITS_FREE);
 }
