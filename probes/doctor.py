@@ -37,14 +37,23 @@ class Check(NamedTuple):
 
 
 def examine(
-    pid: int, *, layout_name: str | None = None, lock_holder: int | None = None, inject: bool = True
+    pid: int,
+    *,
+    layout_name: str | None = None,
+    lock_holder: int | None = None,
+    inject: bool = True,
+    probes: bool = True,
 ) -> Iterator[Check]:
     """All checks for attaching to ``pid``, as they are made. ``lock_holder``: the dpvs-probe that is attached now.
 
-    ``inject`` False leaves out what only the agent needs.
+    ``inject`` False leaves out what only the agent needs, ``probes`` False what only probes need.
     """
     yield _privileges()
-    yield from _kernel()
+    machine = platform.machine()
+    if machine != "x86_64":
+        yield Check("machine", False, f"{machine}: dpvs-probe runs on x86_64 only")
+    if probes:
+        yield from _kernel()
     with ExitStack() as stack:
         try:
             target = stack.enter_context(Target.open(pid))
@@ -63,7 +72,8 @@ def examine(
         answers = _control(control)
         yield answers
         yield from _memory(target, layout, control if answers.ok else None)
-        yield from _sites(target)
+        if probes:
+            yield from _sites(target)
         if inject:
             yield from _agent(target, layout)
 
@@ -75,9 +85,6 @@ def _privileges() -> Check:
 
 
 def _kernel() -> Iterator[Check]:
-    machine = platform.machine()
-    if machine != "x86_64":
-        yield Check("machine", False, f"{machine}: dpvs-probe runs on x86_64 only")
     if uprobe.supported():
         yield Check("uprobes", True, f"kernel {platform.release()}")
     else:
@@ -139,8 +146,16 @@ def _sites(target: Target) -> Iterator[Check]:
         return
     for point, site in zip(("create", "free"), sites, strict=True):
         detail = f"{site.function}: {site.mnemonic} ({site.why})"
-        dear = "About 11 us of a worker's time a session; there is no cheaper place in this binary."
+        dear = (
+            f"About {site.cost_ns / 1000:.0f} us of a worker's time a hit: there is no cheaper place in this binary."
+            " attach measures it and keeps it under --probe-budget; --scan-only does without."
+        )
         yield Check(f"{point} site", True if site.cheap else None, detail, dear)
+    total = sum(site.cost_ns for site in sites)
+    yield Check(
+        "probe cost", True, f"about {total / 1000:.1f} us of a worker's time a session, as measured elsewhere; "
+        f"attach measures it here"
+    )  # fmt: skip
 
 
 def _agent(target: Target, layout: Layout) -> Iterator[Check]:

@@ -46,7 +46,10 @@ log = logging.getLogger(__name__)
 
 
 class BccMissing(DpvsProbeError):
-    help_text = "Install it with: apt install python3-bpfcc (the package called bcc on PyPI is something else)."
+    help_text = (
+        "Install it with: apt install python3-bpfcc (the package called bcc on PyPI is something else). "
+        "attach --scan-only does without."
+    )
 
 
 class HeadersMissing(DpvsProbeError):
@@ -54,7 +57,7 @@ class HeadersMissing(DpvsProbeError):
 
 
 class ProgramFailed(DpvsProbeError):
-    help_text = "The program does not fit this version of the kernel or of bcc. dpvs-probe can still work by scanning."
+    help_text = "The program does not fit this version of the kernel or of bcc. attach --scan-only does without."
 
 
 class UnsupportedMachine(DpvsProbeError):

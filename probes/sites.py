@@ -32,7 +32,7 @@ _NOP5 = bytes.fromhex("0f1f440000")
 
 
 class NoSite(DpvsProbeError):
-    help_text = "This binary's code cannot be probed: dpvs-probe can still follow it by scanning, without probes."
+    help_text = "This binary's code cannot be probed: attach with --scan-only, which does without probes."
 
 
 @dataclass(frozen=True)

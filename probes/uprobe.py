@@ -34,7 +34,10 @@ _LINK_ATTR = struct.Struct("<4I4Q3I4x")  # union bpf_attr, link_create, uprobe_m
 
 
 class ProbeFailed(DpvsProbeError):
-    help_text = "The kernel must have CONFIG_UPROBE_EVENTS and CONFIG_BPF_EVENTS: run dpvs-probe doctor."
+    help_text = (
+        "The kernel must have CONFIG_UPROBE_EVENTS and CONFIG_BPF_EVENTS: run dpvs-probe doctor. "
+        "attach --scan-only does without."
+    )
 
 
 class _Attr(ctypes.Structure):

@@ -59,6 +59,16 @@ from replicator.transport.choose import Mode, parse
     help="Size of the ring buffer for events, in pages of 4 KiB; a power of two.",
 )  # fmt: skip
 @click.option(
+    "--probe-budget", type=click.FloatRange(0, 100), default=5.0, show_default=True, metavar="PERCENT",
+    help="Largest share of a worker's time that probes may take. Where they would take more they are taken away, and"
+    " the scan goes on alone until there is less to do. 0: no probes.",
+)  # fmt: skip
+@click.option(
+    "--scan-only", is_flag=True,
+    help="No probes, as with --probe-budget 0: sessions are found by reading DPVS's memory again and again. Needs no"
+    " bcc.",
+)  # fmt: skip
+@click.option(
     "--require-peer", type=click.FloatRange(min=0), metavar="SECONDS",
     help="Attach only if at least one peer can be reached within this time. Without it, a peer that is not there yet"
     " is tried again and again.",
@@ -119,6 +129,7 @@ def attach(**given: Any) -> int:
         run_dir=RunDir(given["run_dir"]),
         layout=given["layout"],
         ring_pages=pages,
+        probe_budget=0.0 if given["scan_only"] else given["probe_budget"] / 100,
         require_peer_s=given["require_peer"],
         keys=given["keys_dir"],
         insecure=given["insecure"],

@@ -43,7 +43,11 @@ def rehearse(options: Options) -> Iterator[Check]:
     """What attach would look at and do, in its order; ``ok`` False where it would refuse."""
     takes = options.inject and options.listen is not None
     yield from examine(
-        options.pid, layout_name=options.layout, lock_holder=options.run_dir.holder(options.pid), inject=takes
+        options.pid,
+        layout_name=options.layout,
+        lock_holder=options.run_dir.holder(options.pid),
+        inject=takes,
+        probes=options.probe_budget > 0,
     )
     if not takes:
         why = "--no-inject" if not options.inject else "no --listen"
