@@ -2,7 +2,6 @@
 """What is built carries all that is needed, and works outside the source tree."""
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,9 +13,8 @@ import pytest
 from tests.available import ROOT
 from tests.lab.net import inside
 from tests.lab.pair import Pair
+from tests.system.conftest import run
 
-SOURCES = ("probes", "collector", "replicator", "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md",
-           "CHANGELOG.md")  # fmt: skip
 NEEDED = (
     "collector/rows.pxd",
     "probes/agent/agent.so",
@@ -26,39 +24,6 @@ NEEDED = (
     "replicator/cli.py",
 )
 pytestmark = [pytest.mark.slow]
-
-
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, cwd=cwd)
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source archive made from a copy of the tree without anything built in it."""
-    tree = tmp_path_factory.mktemp("tree")
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        else:
-            shutil.copy(source, tree / name)
-    build = "import setuptools.build_meta as b; b.build_sdist('dist')"
-    (tree / "dist").mkdir()
-    run(sys.executable, "-c", build, cwd=tree)
-    (archive,) = (tree / "dist").glob("*.tar.gz")
-    return archive
-
-
-@pytest.fixture(scope="session")
-def wheel(sdist: Path) -> Path:
-    """The wheel built from the source archive, as an installer would."""
-    folder = sdist.parent / "wheel"
-    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", folder, sdist,
-        cwd=sdist.parent)  # fmt: skip
-    (built,) = folder.glob("*.whl")
-    return built
 
 
 @pytest.fixture(scope="session")
