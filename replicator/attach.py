@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from collector.collector import Collector
@@ -46,6 +47,7 @@ from replicator.replica import Replicas
 from replicator.rundir import RunDir
 from replicator.seal import Party
 from replicator.sharing import Sharing
+from replicator.store.keeper import Keeper
 from replicator.transport.address import Address, resolve
 from replicator.transport.choose import Mode, Transport, Where
 from replicator.transport.interface import PEER_TIMEOUT_S
@@ -94,6 +96,8 @@ class Options:
     replicas: int | None = None  # of each session; None: at all peers
     keys: str | None = None  # directory; None: the usual one
     insecure: bool = False
+    store: Path | None = None  # file that our own sessions are kept in
+    store_flush_ns: int = 0  # it is written through that often; 0: when the kernel likes
     version: str = ""
 
 
@@ -189,6 +193,9 @@ class _Attachment:
         me = Hello(
             name, time.time_ns(), Role.SENDER, pool.slots, instance=instance_of(target), workers=workers
         )  # fmt: skip
+        keeper = Keeper(options.store, me, CLOCK, flush_ns=options.store_flush_ns)
+        stack.callback(keeper.close)
+        keeper.look()
         transport = Transport(
             options.mode,
             tls,
@@ -224,10 +231,10 @@ class _Attachment:
         client: AgentClient | None = None
         injector: Injector | None = None
         modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
-        if options.inject and listener is not None:
+        if options.inject and (listener is not None or options.store is not None):
             client = loading.load(target, layout, control)
             stack.callback(_retire, client, target)
-            log.info("agent %s is in DPVS, peers' sessions will be put in", client.door.version)
+            log.info("agent %s is in DPVS, sessions will be put in", client.door.version)
             await asyncio.sleep(0)
 
         table = SessionTable(pool.slots)
@@ -243,8 +250,9 @@ class _Attachment:
             promotion = Promotion(options.policy)
             agent = tried_first(client, layout, pool, control, modes)
             injector = Injector(
-                agent, lambda: replicas, ownership=ownership, promotion=promotion, workers=workers
+                agent, lambda: (*keeper.origins(), *replicas), ownership=ownership, promotion=promotion, workers=workers
             )  # fmt: skip
+        keeper.begin(table, injector)
         outbound = [
             Outbound(dialer, Sender(table, table.add_peer(dialer.address), me, options.link), CLOCK)
             for dialer in dialers
@@ -271,6 +279,7 @@ class _Attachment:
                 admin_path=options.run_dir.socket_path(target.pid),
                 injector=injector,
                 governed=governed,
+                keeper=keeper,
                 origins=max(1, len(dialers)) if listener is not None else 0,
                 pidfd=target.pidfd,
                 release=pool.close,

@@ -10,19 +10,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from probes.errors import DpvsProbeError
 from replicator import render
-from replicator.admin import Line, ask
+from replicator.admin import ask
 from replicator.cli_agent import agent
 from replicator.cli_attach import attach
 from replicator.cli_decode import decode
 from replicator.cli_keys import keys
-from replicator.console import json_option, pid_option, run_dir_option, show, version
+from replicator.cli_snapshot import snapshot
+from replicator.console import json_option, pid_option, request, run_dir_option, show, version
 from replicator.rundir import RunDir
 
 DETACH_S = 30.0
@@ -41,6 +41,7 @@ cli.add_command(agent)
 cli.add_command(attach)
 cli.add_command(keys)
 cli.add_command(decode)
+cli.add_command(snapshot)
 
 
 @cli.command()
@@ -189,12 +190,6 @@ def detach(pid: int | None, run_dir: str | None) -> None:
             raise DpvsProbeError(f"the attach to pid {chosen} is still ending", help_text="Look at what it printed.")
         time.sleep(0.02)
     show([f"detached from pid {chosen}"])
-
-
-def request(pid: int | None, run_dir: str | None, command: str, **fields: Any) -> Iterator[Line]:
-    """Ask the attach that is meant, give its answer line by line."""
-    where = RunDir(run_dir)
-    return ask(where.socket_path(where.choose(pid)), command, **fields)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``dpvs-probe attach``: its options, which are the settings of the configuration file too."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -83,6 +84,15 @@ from replicator.transport.choose import Mode, parse
     help="Links without keys, even where there are some: whoever reaches one can read and write sessions. For"
     " laboratories.",
 )  # fmt: skip
+@click.option(
+    "--store", type=click.Path(dir_okay=False), metavar="FILE",
+    help="Keep this node's own sessions in this file, and put them back when DPVS was started anew.",
+)  # fmt: skip
+@click.option(
+    "--store-flush", type=click.FloatRange(0, 3600), default=0.0, show_default=True, metavar="SECONDS",
+    help="Write the store through to its device that often; 0 leaves that to the kernel, which loses nothing unless"
+    " the machine itself stops.",
+)  # fmt: skip
 @click.option("-v", "--verbose", is_flag=True, help="Say more, with the name of the part that says it.")
 @click.option(
     "--dry-run", is_flag=True,
@@ -133,6 +143,8 @@ def attach(**given: Any) -> int:
         require_peer_s=given["require_peer"],
         keys=given["keys_dir"],
         insecure=given["insecure"],
+        store=Path(given["store"]) if given["store"] else None,
+        store_flush_ns=int(given["store_flush"] * 1e9),
         version=version(),
     )
     if given["dry_run"]:

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the commands share: options that several of them have, and how they print and log."""
+"""What the commands share: options that several of them have, how they ask an attach, how they print and log."""
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
+from typing import Any
 
 import click
 
-from replicator.rundir import ENVIRONMENT
+from replicator.admin import Line, ask
+from replicator.rundir import ENVIRONMENT, RunDir
 
 pid_option = click.option(
     "--pid", type=click.IntRange(min=1), help="Process id of the DPVS; may be left out when just one attach runs."
@@ -30,6 +32,12 @@ def version() -> str:
         return package_version("dpvs-probe")
     except PackageNotFoundError:
         return "0+unknown"
+
+
+def request(pid: int | None, run_dir: str | None, command: str, **fields: Any) -> Iterator[Line]:
+    """Ask the attach that is meant, give its answer line by line."""
+    where = RunDir(run_dir)
+    return ask(where.socket_path(where.choose(pid)), command, **fields)
 
 
 def show(lines: Iterable[str]) -> None:

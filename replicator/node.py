@@ -31,6 +31,7 @@ from replicator.admin import AdminServer, BadRequest, Line
 from replicator.links import Links
 from replicator.promotion import Promotion
 from replicator.readiness import Readiness
+from replicator.store.keeper import Keeper
 from replicator.ticker import Ticker
 
 # Between two ticks: events come, came lately, came long ago. Shorter pauses than the first make nothing sooner: at
@@ -47,6 +48,12 @@ PROGRESS_S = 0.01  # between two looks at how far a promotion is
 TARGET_ENDED = 3  # exit status
 
 log = logging.getLogger(__name__)
+
+
+class NotProven(DpvsProbeError):
+    """Nothing may be told of the sessions yet."""
+
+    help_text = "The struct layout is proven on the first session of this DPVS; wait for one."
 
 
 class NotInjecting(DpvsProbeError):
@@ -100,6 +107,7 @@ class Parts:
     admin_path: Path
     injector: Injector | None = None
     governed: Governed | None = None  # the probes; None where the scan works alone
+    keeper: Keeper | None = None
     origins: int = 0  # peers expected to send us their sessions
     pidfd: int = -1  # readable once the DPVS has ended; -1: nobody watches
     release: Callable[[], None] = lambda: None  # give back what we hold of the DPVS's memory
@@ -159,6 +167,10 @@ class Node:
             if parts.injector is not None:
                 parts.injector.close()
             await self._admin.close()
+            if parts.keeper is not None:
+                if not self._target_ended:  # else it was told at that moment
+                    parts.keeper.end(ended=False, proven=self._prove is None)
+                parts.keeper.close()
 
     def stop(self, status: int = 0) -> None:
         """End ``run``."""
@@ -220,7 +232,10 @@ class Node:
             self._try_to_prove(self._prove)
         parts.links.poke()
         if not self.readiness.ready and self.readiness.look(
-            now_ns, complete=self._table.complete, replicas=parts.links.replicas()
+            now_ns,
+            complete=self._table.complete,
+            replicas=parts.links.replicas(),
+            restoring=parts.keeper.why_not_ready(now_ns) if parts.keeper is not None else "",
         ):
             log.info("ready")
         if parts.injector is not None:
@@ -231,6 +246,8 @@ class Node:
         else:
             for replica in parts.links.replicas():
                 replica.pending.take(FORGOTTEN)  # nobody else does
+        if parts.keeper is not None:
+            parts.keeper.tick(now_ns, proven=self._prove is None)
 
     def _note(self, applied: Applied, now_ns: int) -> None:
         if len(applied.created) or len(applied.updated) or len(applied.deleted):
@@ -272,6 +289,8 @@ class Node:
             log.debug("no last look at the memory of pid %d: %s", self._parts.pid, error)
         self._table.freeze()
         self._parts.release()
+        if self._parts.keeper is not None:
+            self._parts.keeper.end(ended=True, proven=self._prove is None)
         log.error(
             "DPVS (pid %d) has ended; its %d sessions are kept by the peers as they were",
             self._parts.pid,
@@ -302,6 +321,8 @@ class Node:
                 yield block
         elif command in ("promote", "demote"):
             yield [await self._change_role(command, request.get("wait"))]
+        elif command == "snapshot":
+            yield [await self._snapshot(request)]
         elif command == "detach":
             log.info("told to detach")
             yield []
@@ -316,10 +337,7 @@ class Node:
         injector = self._parts.injector
         if injector is None:
             raise NotInjecting("peers' sessions are not put into this DPVS")
-        if wait_s is None:
-            wait_s = 0.0
-        if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not 0 <= wait_s <= LONGEST_PROMOTION_S:
-            raise BadRequest(f"wait {wait_s!r} is not a number of seconds")
+        wait_s = _wait_s(wait_s)
         began = self._clock()
         if command == "promote":
             injector.promote(began)
@@ -336,6 +354,22 @@ class Node:
             await asyncio.sleep(PROGRESS_S)
         log.info("%s: %d sessions of peers are in DPVS after %.0f ms", command, progress["installed"], took / 1e6)
         return {**progress, "took_ms": round(took / 1e6, 1)}
+
+    async def _snapshot(self, request: Mapping[str, Any]) -> Line:
+        """Save our sessions to a file, or bring back those of one."""
+        keeper, what, file, node = (
+            self._parts.keeper, request.get("what"), request.get("file"), request.get("node")
+        )  # fmt: skip
+        if keeper is None or what not in ("save", "restore") or not isinstance(file, str):
+            raise BadRequest("a snapshot is to be saved to a file or restored from one")
+        if node is not None and not isinstance(node, str):
+            raise BadRequest(f"node {node!r} is not a name")
+        if what == "save":
+            if self._prove is not None:
+                raise NotProven("the struct layout of this DPVS is not proven yet")
+            return await keeper.save(file)
+        wait_s = _wait_s(request.get("wait"))
+        return await keeper.restore(file, wait_s, partly=request.get("partly") is True, node=node)
 
     def _peers(self) -> list[Line]:
         injector = self._parts.injector
@@ -370,6 +404,7 @@ class Node:
             "collector": {n: v for n, v in counters.items() if not n.startswith("events") and n != "scan_passes"},
             **parts.more(),
             "injection": parts.injector.counters() if parts.injector is not None else "off",
+            "store": parts.keeper.report() if parts.keeper is not None else {"state": "off"},
             "loop": {"ticks": self.ticks, "longest_tick_ms": round(self.longest_tick_ns / 1e6, 2)},
         }
 
@@ -392,3 +427,11 @@ class Node:
                 if room == 0:
                     return
                 await asyncio.sleep(0)
+
+
+def _wait_s(given: Any) -> float:
+    if given is None:
+        return 0.0
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= LONGEST_PROMOTION_S:
+        raise BadRequest(f"wait {given!r} is not a number of seconds")
+    return float(given)

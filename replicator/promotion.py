@@ -44,6 +44,12 @@ class Promotion:
         self._promoted = True
         self._hurry_until_ns, self._retry_at_ns = now_ns + HURRY_NS, now_ns + RETRY_NS
 
+    def hurry(self, now_ns: int) -> None:
+        """Something waits for addresses or services that are about to come: as after a promotion, in the same role."""
+        if now_ns >= self._hurry_until_ns:
+            self._retry_at_ns = now_ns + RETRY_NS
+        self._hurry_until_ns = now_ns + HURRY_NS
+
     def demote(self) -> None:
         """They are not."""
         self._promoted = False

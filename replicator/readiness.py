@@ -25,10 +25,12 @@ class Readiness:
         self.ready = False
         self.why = OWN
 
-    def look(self, now_ns: int, *, complete: bool, replicas: Iterable[Replica]) -> bool:
-        """Whether it is ready; ``complete``: our own sessions are all read."""
+    def look(self, now_ns: int, *, complete: bool, replicas: Iterable[Replica], restoring: str = "") -> bool:
+        """Whether it is ready; ``complete``: our own sessions are all read; ``restoring``: what keeps those from
+        coming back that an earlier DPVS had.
+        """
         if not self.ready:
-            self.why = self._missing(now_ns, list(replicas)) if complete else OWN
+            self.why = self._missing(now_ns, list(replicas)) or restoring if complete else OWN
             self.ready = not self.why
         return self.ready
 

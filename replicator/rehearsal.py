@@ -41,7 +41,7 @@ BLOCK = 1 << 16  # sessions read at a time
 
 def rehearse(options: Options) -> Iterator[Check]:
     """What attach would look at and do, in its order; ``ok`` False where it would refuse."""
-    takes = options.inject and options.listen is not None
+    takes = options.inject and (options.listen is not None or options.store is not None)
     yield from examine(
         options.pid,
         layout_name=options.layout,
@@ -50,7 +50,7 @@ def rehearse(options: Options) -> Iterator[Check]:
         probes=options.probe_budget > 0,
     )
     if not takes:
-        why = "--no-inject" if not options.inject else "no --listen"
+        why = "--no-inject" if not options.inject else "neither --listen nor --store"
         yield Check("agent", True, f"would not be loaded ({why})")
     yield from _links(options)
     try:
