@@ -11,6 +11,7 @@ Rules
 - Pure: words in, words out; no file is opened here and no clock read.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -228,6 +229,12 @@ def judge_blocks(first: int, places: Words, epoch: int) -> Judged:
     return Judged(records, int(np.count_nonzero(torn.any(axis=1) & ~damaged)), [
         first + int(number) for number in np.flatnonzero(damaged)
     ])  # fmt: skip
+
+
+def joined(parts: Sequence[Records]) -> Records:
+    """Records of several arrays in one; plain concatenation packs them, without the space between their fields."""
+    rows = [as_words(part) for part in parts]
+    return np.concatenate([np.empty((0, WORDS), np.uint64), *rows]).view(RECORD).reshape(-1)
 
 
 def rows_of(records: Records, blocks: int) -> tuple[Words, Bools]:

@@ -20,10 +20,10 @@ from collector.record import Records
 from collector.table import SessionTable
 from probes.errors import DpvsProbeError
 from replicator.promotion import Promotion
-from replicator.store.format import ForeignStore, Head, StoreRefused
+from replicator.store.format import ForeignStore, Head, StoreRefused, joined
 from replicator.store.reader import Contents, boot_id, locked, now, read
 from replicator.store.restored import Fit, Restored, fit
-from replicator.store.writer import NOTHING_WAITS, StoreUnusable, Writer
+from replicator.store.writer import StoreUnusable, Writer
 from replicator.wire import Hello
 
 MARKS = "store"  # names of marks in the table; peers' are addresses
@@ -115,7 +115,7 @@ class Keeper:
         restored = Restored(found, contents, self._clock())
         self.restored.append(restored)
         log.info(
-            "%d sessions of this node's earlier DPVS are to come back (%s); %d too old, %d of kinds or states not put in",
+            "%d sessions of this node's earlier DPVS are to come back (%s); %d too old, %d of kinds not put in",
             len(found.records), contents.path, found.expired, found.unfit,
         )  # fmt: skip
         return restored
@@ -129,8 +129,7 @@ class Keeper:
 
     def waiting(self) -> Records:
         """Restored sessions that may still wait for a packet: a new file keeps them too."""
-        parts = [restored.remaining() for restored in self.restored]
-        return np.concatenate(parts) if parts else NOTHING_WAITS
+        return joined([restored.remaining() for restored in self.restored])
 
     # --- while it runs -----------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from collector.record import RECORD, Records
+from collector.record import Records, pick
 from replicator.store.format import (
     FIRST_BLOCK,
     FIRST_STAMP,
@@ -27,6 +27,7 @@ from replicator.store.format import (
     Stamp,
     StoreRefused,
     Words,
+    joined,
     judge_blocks,
     newest_stamp,
     parse_head,
@@ -125,9 +126,9 @@ def _read(path: Path, owner: int) -> Contents:
 
 def _sorted(head: Head, own: list[Records], rest: list[Records]) -> tuple[Records, Records]:
     """Own sessions and waiting ones; what was read together is told apart by its slot, which only own ones have."""
-    mixed = np.concatenate([*rest, np.empty(0, RECORD)])
+    mixed = joined(rest)
     ours = mixed["slot"] < head.slots
-    return np.concatenate([*own, mixed[ours]]), mixed[~ours]
+    return joined([*own, pick(mixed, ours)]), pick(mixed, ~ours)
 
 
 def _pages(fd: int, first: int, count: int) -> Words:

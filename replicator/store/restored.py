@@ -20,7 +20,7 @@ from collector.table import Dirty
 from probes.agent import abi
 from probes.agent.client import code_name
 from replicator.inject import injectable
-from replicator.store.format import Instant
+from replicator.store.format import Instant, joined
 from replicator.store.reader import Contents, age_ns
 from replicator.wire import node_id
 
@@ -57,7 +57,7 @@ def fit(contents: Contents, boot: bytes, at: Instant, *, own: bool = True) -> Fi
         kept.append(lasting)
     # one that had its first packet stands in the pool's part as well, and there it is right
     again = np.isin(identity(kept[1]), identity(kept[0]))
-    records = np.concatenate((kept[0], pick(kept[1], ~again)))
+    records = joined((kept[0], pick(kept[1], ~again)))
     claim = int(records["claim"].max()) if len(records) else 0
     return Fit(records, expired, unfit, claim)
 

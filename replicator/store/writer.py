@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from collector.record import RECORD, Records, words
+from collector.record import Records, words
 from collector.table import Dirty, SessionTable
 from probes.errors import DpvsProbeError
 from replicator.store.format import (
@@ -188,6 +188,3 @@ class Writer:
             self._map.flush()
         os.replace(self._fresh, self.path)
         self.whole = True
-
-
-NOTHING_WAITS: Records = np.empty(0, RECORD)

@@ -242,6 +242,14 @@ class Network:
                         gateway = at(0, fourth)
                         handle.route("replace", family=family, dst=f"{at(third, 0)}/{plen}", gateway=gateway, **source)
 
+    def gate(self, *, is_open: bool) -> None:
+        """Whether packets pass between the nodes and the others, as where no node's routes are announced: the switch
+        keeps isolated ports apart, and the nodes' always are.
+        """
+        with self.netlink("sw") as handle:
+            for host in ("client", "server"):
+                handle.brport("set", index=_index(handle, f"p-{host}"), isolated=0 if is_open else 1)
+
     def set_link(self, host: str, interface: str, up: bool) -> None:
         with self.netlink(host) as handle:
             handle.link("set", index=_index(handle, interface), state="up" if up else "down")

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""DPVS ends and another one takes its place on the same machine: what it had comes back."""
+
+import json
+import signal
+
+import pytest
+
+from tests.lab.node import Node
+from tests.lab.pair import Pair
+from tests.lab.process import wait_for
+from tests.lab.restart import attach, restart, stored, stores, wait_until_stored
+
+pytestmark = [pytest.mark.dpvs, pytest.mark.needs("bpf", "agent")]
+TALKING, IDLE = 40, 7
+
+
+def own(node: Node) -> int:
+    return int(node.attached[-1].status()["sessions"]["own"])
+
+
+@pytest.mark.pair(established_timeout_s=200)
+def test_dpvs_restarted_twice(pair: Pair) -> None:
+    """By SIGTERM and by SIGKILL. Those that say nothing are carried through both, and go on with their next segment."""
+    pair.kill("b")  # this is about one machine
+    attach(pair.a)
+    quiet = [pair.connect(7) for _ in range(IDLE)]
+    steady = pair.steady(TALKING, stall=60)
+    wait_until_stored(pair.a, TALKING + IDLE)
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        done = restart(pair, how=how)
+        assert done.restored["in_dpvs"] == TALKING + IDLE, done
+        assert done.restored["refused"] == {}
+        wait_for("those that talk are its own", lambda: own(pair.a) == TALKING, 30)
+        wait_for("and stored", lambda: stored(pair.a) == TALKING, 10)
+        print("\n".join(done.lines()))
+    for connection in quiet:
+        connection.sendall(b"still here")
+        assert connection.recv(100) == b"still here"
+    wait_for("all are its own", lambda: own(pair.a) == TALKING + IDLE, 20)
+    report = steady.finish()
+    print(f"longest pause of {TALKING} connections {report['longest_gap_ms']:.0f} ms")
+    assert report["alive"] == TALKING, report
+    assert report["corrupted"] == 0, report
+    for connection in quiet:
+        connection.close()
+    wait_for("it counts nothing any more", lambda: pair.a.counters().idle, 120, 0.5)
+
+
+def test_snapshots(pair: Pair) -> None:
+    """Saved by hand from a running attach, looked at, and refused or restored."""
+    pair.kill("b")
+    pair.a.probe("--listen", pair.sync_address("a"))
+    file = pair.directory / "a.snapshot"
+    steady = pair.steady(TALKING, stall=60)
+    wait_for("all are its own", lambda: own(pair.a) == TALKING, 20)
+    saved = pair.a.command("snapshot", "save", str(file))
+    assert saved.stdout.startswith(f"{TALKING} sessions in {file}"), saved.stdout + saved.stderr
+    again = pair.a.command("snapshot", "restore", str(file))
+    assert again.returncode == 1
+    assert "it is of the very DPVS that runs here" in again.stderr
+    seen = json.loads(pair.a.command("snapshot", "inspect", "--json", str(file)).stdout)
+    assert (seen["node"], seen["sessions"], seen["states"]) == ("a", TALKING, {"ESTABLISHED": TALKING})
+    pair.network.gate(is_open=False)
+    pair.kill("a")
+    assert pair.a.attached[-1].process.wait(20) == 3
+    pair.start("a")
+    pair.a.probe("--listen", pair.sync_address("a"))
+    data = file.read_bytes()
+    file.write_bytes(data[:-4096])
+    refused = pair.a.command("snapshot", "restore", str(file))
+    assert refused.returncode == 1
+    assert "cut short" in refused.stderr
+    file.write_bytes(data)
+    back = pair.a.command("snapshot", "restore", str(file))
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert back.stdout == f"{TALKING} of {TALKING} sessions are in DPVS\n"
+    pair.network.gate(is_open=True)
+    assert len(pair.a.sessions()) == TALKING
+    wait_for("they are its own", lambda: own(pair.a) == TALKING, 30)
+    assert steady.finish()["alive"] == TALKING
+    assert not stores(pair.a).exists()
