@@ -190,14 +190,19 @@ def newest_stamp(places: Words, epoch: int) -> Stamp:
 
 
 def pack_blocks(numbers: Slots, rows: Words, present: Bools, generation: int, epoch: int) -> Words:
-    """Pages of n blocks: ``rows`` (n * 28, 18) of records, ``present`` (n * 28,) where one holds a session."""
+    """Pages of n blocks: ``rows`` (n * 28, 18) of records, ``present`` (n * 28,) where one holds a session; of the
+    others, rows are cleared.
+    """
     n = len(numbers)
     pages = np.zeros((n, PAGE_WORDS), np.uint64)
     pages[:, 0] = np.uint64(BLOCK) | (numbers.astype(np.uint64) << np.uint64(32))
     pages[:, 1], pages[:, 2] = generation, epoch
     held = present.reshape(n, PER_BLOCK)
     pages[:, 3] = (held * _BITS).sum(axis=1, dtype=np.uint64)
-    pages[:, HEAD_WORDS:].reshape(n, PER_BLOCK, WORDS)[held] = rows.reshape(n, PER_BLOCK, WORDS)[held]
+    absent = np.flatnonzero(~present)
+    if len(absent):
+        rows[absent] = 0
+    pages[:, HEAD_WORDS:] = rows.reshape(n, PER_BLOCK * WORDS)
     return sealed(pages)
 
 

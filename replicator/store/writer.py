@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from collector.record import Records, words
+from collector.record import Records, Slots, words
 from collector.table import Dirty, SessionTable
 from probes.errors import DpvsProbeError
 from replicator.store.format import (
@@ -44,6 +44,7 @@ from replicator.store.reader import locked
 WRITE_NS = 20_000_000  # between two writes: a session that opens changes several times within that
 STAMP_NS = 100_000_000
 CLAIM = 4096  # slots taken from the marks at once
+AT_ONCE = 64  # blocks put together at once: what that takes stays in the processor's cache
 
 log = logging.getLogger(__name__)
 
@@ -162,15 +163,19 @@ class Writer:
         if len(slots) == 0:
             return
         numbers = np.unique(slots // PER_BLOCK)
+        self._generation += 1
+        for first in range(0, len(numbers), AT_ONCE):
+            self._write_blocks(numbers[first : first + AT_ONCE])
+
+    def _write_blocks(self, numbers: Slots) -> None:
         neighbours = (numbers[:, None] * PER_BLOCK + np.arange(PER_BLOCK)).ravel()
         inside = neighbours < self._head.slots
         neighbours[~inside] = 0
         present = self._table.shared[neighbours] & inside
-        self._generation += 1
         rows = words(self._table.rows(neighbours))
         self._put(numbers, pack_blocks(numbers, rows, present, self._generation, self._head.epoch))
 
-    def _put(self, numbers: "np.ndarray[Any, np.dtype[np.int64]]", pages: Words) -> None:
+    def _put(self, numbers: Slots, pages: Words) -> None:
         self._pages[FIRST_BLOCK + 2 * numbers + self._place[numbers]] = pages
         self._place[numbers] ^= 1
         self.written += len(numbers)

@@ -113,7 +113,7 @@ def test_version_and_help(run: Runner) -> None:
         assert f"dpvs-probe {name}" in ran.out
     assert sorted(COMMANDS) == [
         "agent", "attach", "decode", "demote", "detach", "doctor", "keys", "peers", "promote", "ready", "sessions",
-        "status",
+        "snapshot", "status",
     ]  # fmt: skip
 
 
