@@ -4,6 +4,9 @@
 Rules
 - What counts is how fast *sessions* arrive, in bytes before compression, while the window holds us back. A link that
   never does that is left alone, and so is one faster than LZ4 could help.
+- The way must be what is slow. A receiver that is busy looks just like a slow link from here, and LZ4 would only make a
+  busy processor busier. So the transport says where the bytes are: less than half of them on the way, or the peer's
+  window closed for more than half of the time, and it is not the way.
 - Else it is tried: LZ4 on, what is still on its way from before let through, the rate measured again. It stays on if
   that was faster by a seventh: where the receiver is slow, not the link, it is not, and goes off again.
 - The other way is tried again now and then, seldom if it never pays, as links and loads change.
@@ -12,8 +15,9 @@ Rules
 SECOND = 1_000_000_000
 
 SLOW_BYTES_PER_S = 60 << 20  # half of 1 Gbit/s: on faster links LZ4 costs the sender more time than it saves the link
-JUDGE_NS = 20_000_000  # of being held back, for one measurement
+JUDGE_NS = 50_000_000  # of being held back, for one measurement
 GAIN = 8, 7  # that much faster is better
+HALF = 2
 AGAIN_NS, SELDOM_NS = 10 * SECOND, 300 * SECOND  # until the next trial, after one that failed: doubled up to ...
 KEEP_NS = 60 * SECOND  # after one that paid
 UNPAID_FRAMES = 8  # that did not shrink, one after the other, ...
@@ -36,9 +40,11 @@ class Pays:
         self._before: int | None = None  # the rate without the change that is tried now
         self._due_ns = 0  # of the next trial
         self._wait_ns = AGAIN_NS
-        self._old_bytes = 0  # sent before the last change, to be let through
+        self._old_bytes: int | None = None  # sent before the last change, to be let through; None: never held back yet
         self._since_ns: int | None = None  # held back, and what came since then counted, from here on
         self._wire = self._plain = self._busy_ns = 0
+        self._open_total_ns: int | None = None  # as last told; None: the transport does not know
+        self._open_ns = self._way_bytes = self._flight_bytes = 0  # while we were held back; bytes: summed over samples
         self._unpaid = self._pause = 0
 
     @property
@@ -53,14 +59,28 @@ class Pays:
         elif self._since_ns is None:
             self._since_ns = now_ns
 
+    def on_the_way(self, size: int, open_ns: int, in_flight: int) -> None:
+        """Where the ``in_flight`` bytes are that are not acknowledged: ``size`` of them on the way. ``open_ns``: how
+        long since the connection began there were any, and not for want of room at the peer.
+        """
+        if self._open_total_ns is not None and self._since_ns is not None:
+            self._open_ns += open_ns - self._open_total_ns
+            self._way_bytes += size
+            self._flight_bytes += in_flight
+        self._open_total_ns = open_ns
+
     def acknowledged(self, wire: int, plain: int, in_flight: int, now_ns: int) -> None:
         """Frames arrived: their bytes, their bytes before compression, and the bytes that are still on their way."""
-        self._old_bytes -= wire
+        if self._old_bytes is not None:
+            self._old_bytes -= wire
         if self._since_ns is None or self._setting is not None:
             return
+        if self._old_bytes is None:
+            self._old_bytes = in_flight  # buffers on the way were empty: what filled them says nothing
         spent = max(0, now_ns - self._since_ns)
         self._since_ns = now_ns
         if self._old_bytes > 0:
+            self._open_ns = self._way_bytes = self._flight_bytes = 0
             return
         self._wire += wire
         self._plain += plain
@@ -68,8 +88,12 @@ class Pays:
         if self._busy_ns >= JUDGE_NS:
             link = self._wire * SECOND // self._busy_ns
             self.bytes_per_s = max(1, self._plain * SECOND // self._busy_ns)
+            slow = link < SLOW_BYTES_PER_S
+            if self._open_total_ns is not None:
+                slow &= self._open_ns * HALF >= self._busy_ns and self._way_bytes * HALF >= self._flight_bytes
             self._wire = self._plain = self._busy_ns = 0
-            self._judge(link, in_flight, now_ns)
+            self._open_ns = self._way_bytes = self._flight_bytes = 0
+            self._judge(slow, in_flight, now_ns)
 
     def packed(self, *, smaller: bool) -> None:
         """What became of a frame of sessions."""
@@ -80,9 +104,9 @@ class Pays:
             if self._unpaid >= UNPAID_FRAMES:
                 self._unpaid, self._pause = 0, PAUSE_FRAMES
 
-    def _judge(self, link: int, in_flight: int, now_ns: int) -> None:
+    def _judge(self, slow: bool, in_flight: int, now_ns: int) -> None:
         if self._before is None:
-            if now_ns >= self._due_ns and (self._on or link < SLOW_BYTES_PER_S):
+            if now_ns >= self._due_ns and (self._on or slow):
                 self.trials += 1
                 self._before = self.bytes_per_s
                 self._switch(in_flight)

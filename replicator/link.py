@@ -145,6 +145,10 @@ class Sender(Engine):
         """Slots that the peer has to be told of."""
         return self._dirty.pending
 
+    def on_the_way(self, size: int, open_ns: int) -> None:
+        """What the transport says of it, before acknowledgements are heard; see ``compression``."""
+        self._compress.on_the_way(size, open_ns, self._flight_bytes)
+
     @property
     def in_flight(self) -> int:
         """Frames that are not acknowledged."""

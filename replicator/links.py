@@ -42,8 +42,16 @@ log = logging.getLogger(__name__)
 class _Driver:
     """Moves bytes between one engine and one connection until either ends."""
 
-    def __init__(self, engine: Sender | Receiver, on_event: Callable[[Event], None], clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Sender | Receiver,
+        on_event: Callable[[Event], None],
+        clock: Clock,
+        hears: Callable[[], None] | None = None,
+    ) -> None:
+        """``hears``: called before the engine is told what came."""
         self._engine, self._on_event, self._clock = engine, on_event, clock
+        self._hears = hears
         self._wake = asyncio.Event()
         self._halted = False
         self._lost: LinkLost | None = None  # how the connection ended, where it was not in order
@@ -97,6 +105,8 @@ class _Driver:
     async def _read(self, connection: Connection) -> None:
         try:
             while data := await connection.receive():
+                if self._hears is not None:
+                    self._hears()
                 self._engine.receive(data, self._clock())
                 self._wake.set()
                 await asyncio.sleep(0)  # a peer that always has more to say does not get the loop for itself
@@ -151,7 +161,7 @@ class Outbound:
         self.sender = sender
         self._dialer, self._clock = dialer, clock
         self._backoff = backoff or Backoff()
-        self._driver = _Driver(sender, self._on_event, clock)
+        self._driver = _Driver(sender, self._on_event, clock, self._look_at_the_way)
         self._said = ""
         self._bytes_before = 0
         self._connection: Connection | None = None
@@ -221,6 +231,10 @@ class Outbound:
             "event_to_peer_p99_ms": round(latency.percentile_ns(99) / 1e6, 3) if latency.count else None,
             "link": {**self.sender.report(), **self.counters},
         }
+
+    def _look_at_the_way(self) -> None:
+        if self._connection is not None and (way := self._connection.on_the_way()) is not None:
+            self.sender.on_the_way(way.size, way.open_ns)
 
     def _on_event(self, event: Event) -> None:
         now = self._clock()

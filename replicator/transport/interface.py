@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from probes.errors import DpvsProbeError
 
@@ -48,6 +48,15 @@ class CannotListen(DpvsProbeError):
     """Our own address cannot be listened on."""
 
 
+class Way(NamedTuple):
+    """``size``: bytes handed over that have not reached the peer's machine; ``open_ns``: for how long so far there were
+    such bytes and it was not the peer that had no room for them.
+    """
+
+    size: int
+    open_ns: int
+
+
 class Connection(Protocol):
     """One link with one peer, established."""
 
@@ -64,6 +73,9 @@ class Connection(Protocol):
 
     async def close(self) -> None:
         """Send what is buffered as far as a second allows, then end. Safe to call twice; raises nothing."""
+
+    def on_the_way(self) -> Way | None:
+        """What tells a slow way from a slow peer; None where nobody knows."""
 
 
 class Dialer(Protocol):

@@ -8,18 +8,25 @@ data is on the way by TCP_USER_TIMEOUT (it covers a closed window too), else by 
 
 import asyncio
 import errno
+import fcntl
 import logging
 import socket
+import struct
+import termios
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 from .address import Address, UnknownHost, reason
-from .interface import CROWDED, PEER_TIMEOUT_S, CannotListen, LinkLost, Loss, PeerUnreachable
+from .interface import CROWDED, PEER_TIMEOUT_S, CannotListen, LinkLost, Loss, PeerUnreachable, Way
 
 BUFFER_BYTES = 1 << 20
 READ_BYTES = 256 << 10
 CLOSE_S = 1.0
+TCP_INFO_BYTES = 256  # more than any kernel's struct tcp_info
+_CHRONO_AT = 168  # of tcpi_busy_time and tcpi_rwnd_limited there, microseconds each (Linux: include/uapi/linux/tcp.h)
+_CHRONO = struct.Struct("=QQ")
+_INT = struct.Struct("=i")
 MAX_WAITING = 64  # connections accepted and not yet taken by accept()
 
 log = logging.getLogger(__name__)
@@ -54,7 +61,8 @@ class TcpConnection:
         self._reader, self._writer = reader, writer
         self.node = node
         writer.transport.set_write_buffer_limits(high=BUFFER_BYTES)
-        _tune(writer.get_extra_info("socket"), silence_s)
+        self._socket = writer.get_extra_info("socket")
+        _tune(self._socket, silence_s)
         self.remote = name_of(writer.get_extra_info("peername"))
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -94,6 +102,19 @@ class TcpConnection:
         except asyncio.CancelledError:
             self._writer.transport.abort()
             raise
+
+    def on_the_way(self) -> Way | None:
+        """What is buffered here or not acknowledged by the peer's TCP; for how long ours was busy and the peer's window
+        not closed, in steps of a jiffy.
+        """
+        if self._socket.fileno() < 0:
+            return None  # it is gone
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+        if len(info) < _CHRONO_AT + _CHRONO.size:
+            return None  # Linux before 4.10
+        busy_us, window_closed_us = _CHRONO.unpack_from(info, _CHRONO_AT)
+        (queued,) = _INT.unpack(fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(_INT.size)))
+        return Way(queued + self._writer.transport.get_write_buffer_size(), (busy_us - window_closed_us) * 1000)
 
 
 class TcpDialer:

@@ -296,10 +296,10 @@ def theirs(report: Report, options: argparse.Namespace) -> str:
 def show(report: Report) -> None:
     """A line for each row."""
     columns = list(dict.fromkeys(column for row in report.rows.values() for column in row.rounds))
-    print(f"{'':50}{'':>11}" + "".join(f"{column:>13}" for column in columns) + f"{'goal':>10}{'published':>11}")
+    print(f"{'':50}{'':>11}" + "".join(f"{column:>18}" for column in columns) + f"{'goal':>10}{'published':>11}")
     for row in report.rows.values():
         if row.rounds:
-            cells = "".join(f"{figure(row.median(column)):>13}" for column in columns)
+            cells = "".join(f"{figure(row.median(column)):>18}" for column in columns)
             print(f"{row.what:50}{row.unit:>11}{cells}{row.goal:>10}{row.published:>11}")
 
 

@@ -13,9 +13,21 @@ RATIO = 0.55  # what LZ4 leaves of sessions
 class Way:
     """A link of so many bytes a second to a receiver that takes so many bytes of sessions a second, kept busy."""
 
-    def __init__(self, link: float, receiver: float, setting: bool | None = None, ratio: float = RATIO) -> None:
+    def __init__(
+        self,
+        link: float,
+        receiver: float,
+        setting: bool | None = None,
+        ratio: float = RATIO,
+        *,
+        on_the_way: float | None = None,
+        window_open: float = 1.0,
+    ) -> None:
+        """What the transport says: the part of the bytes, and of the time; None: it knows nothing."""
         self.link, self.receiver, self.ratio = link, receiver, ratio
+        self.on_the_way, self.window_open = on_the_way, window_open
         self.pays = Pays(setting)
+        self.open_ns = 0
         self.now_ns = 10**12
         self.flight: list[tuple[float, float]] = []  # wire and plain bytes, a millisecond's worth each
 
@@ -29,6 +41,10 @@ class Way:
                 self.pays.packed(smaller=left < 0.9)
             wire, plain = self.flight.pop(0)
             self.now_ns += MS
+            if self.on_the_way is not None:
+                self.open_ns += int(MS * self.window_open)
+                in_flight = int(sum(w for w, _ in self.flight))
+                self.pays.on_the_way(int(in_flight * self.on_the_way), self.open_ns, in_flight)
             self.pays.acknowledged(int(wire), int(plain), int(sum(w for w, _ in self.flight)), self.now_ns)
             self.pays.waiting(self.now_ns, held_back=True)
         return self
@@ -58,6 +74,25 @@ def test_it_is_tried_and_stays_where_it_pays(link: float, receiver: float, on: b
     assert way.pays.on is on
     assert way.pays.trials == (0 if min(link, receiver) > 63e6 else 1)
     assert way.pays.bytes_per_s == pytest.approx(min(link / (RATIO if on else 1), receiver), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("on_the_way", "window_open", "trials"),
+    [(0.0, 0, 0), (0.45, 1, 0), (0.55, 1, 1), (1, 1, 1), (1, 0.45, 0), (1, 0.55, 1), (None, 0, 1)],
+)
+def test_it_is_tried_only_where_the_way_is_what_is_slow(
+    on_the_way: float | None, window_open: float, trials: int
+) -> None:
+    way = Way(50e6, 1e9, on_the_way=on_the_way, window_open=window_open).busy(2000)
+    assert way.pays.trials == trials
+    assert way.pays.on is (trials > 0)
+
+
+def test_a_way_that_becomes_slow_is_noticed() -> None:
+    way = Way(50e6, 1e9, on_the_way=0.0).busy(2000)
+    assert not way.pays.on
+    way.on_the_way = 1.0
+    assert way.busy(2000).pays.on
 
 
 def test_a_trial_that_failed_comes_again_and_ever_more_seldom() -> None:

@@ -207,10 +207,14 @@ def test_a_peer_that_reads_nothing_holds_the_sender(kind: Kind, directory: Path)
 
         task = asyncio.create_task(flood())
         await asyncio.sleep(0.5)
-        held = sent
+        held, way = sent, near.on_the_way()
         assert near.bytes_sent <= kind.held_bytes
         await asyncio.sleep(0.5)
         assert sent == held
+        assert way is not None
+        later = near.on_the_way()
+        assert later is not None
+        assert later.open_ns - way.open_ns < 100_000_000  # it is the peer who is slow, not the way
         assert await read(far, count * MIB) == frame * count
         await task
 

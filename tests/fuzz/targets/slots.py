@@ -92,6 +92,9 @@ class _Stream:
     async def close(self) -> None:
         pass
 
+    def on_the_way(self) -> None:
+        return None
+
 
 class _Connection(SlotConnection):
     """One that can be driven without descriptors."""
