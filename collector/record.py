@@ -70,6 +70,12 @@ TCP_STATES = (
 # UDP states: include/ipvs/proto_udp.h.
 UDP_NONE, UDP_ONEWAY, UDP_NORMAL = range(3)
 UDP_STATES = ("NONE", "ONEWAY", "NORMAL", "LAST")
+# SCTP states: include/ipvs/proto_sctp.h.
+SCTP_INIT, SCTP_ESTABLISHED, SCTP_SHUTDOWN_ACK_SENT = 2, 8, 11
+SCTP_STATES = (
+    "NONE", "INIT1", "INIT", "COOKIE_SENT", "COOKIE_REPLIED", "COOKIE_WAIT", "COOKIE", "COOKIE_ECHOED",
+    "ESTABLISHED", "SHUTDOWN_SENT", "SHUTDOWN_RECEIVED", "SHUTDOWN_ACK_SENT", "REJECTED", "CLOSED",
+)  # fmt: skip
 
 Records = npt.NDArray[np.void]
 Bools = npt.NDArray[np.bool_]
@@ -164,12 +170,8 @@ def digest(records: Records, *, by_slot: bool = True) -> int:
 
 
 def replicable(records: Records) -> Bools:
-    """Which of n sessions a peer could carry on: not templates, not sessions of one packet.
-
-    Templates live in one table of the whole process and pin a client to a real server; sessions of one packet have no
-    second packet. Both need ways of their own, so the table shows them and no peer gets them.
-    """
-    return np.asarray((records["flags"] & (TEMPLATE | ONE_PACKET)) == 0)
+    """Which of n sessions a peer could carry on: not those of one packet, which have no second one."""
+    return np.asarray((records["flags"] & ONE_PACKET) == 0)
 
 
 def carried(records: Records) -> Bools:
@@ -181,7 +183,7 @@ def waiting(records: Records) -> Bools:
     """Which of n sessions of a DPVS are copies that wait there for their first packet.
 
     The agent makes a copy SYNACK and INACTIVE (TCP) or NONE (``probes/agent/session.c``), and DPVS itself moves it on
-    with the first packet. One that is NONE and TCP is just being made.
+    with the first packet. One that is NONE and TCP is just being made, or a template, which has no state.
     """
     states = records["state"]
     still = (records["proto"] == TCP) & (states == SYNACK) & ((records["flags"] & INACTIVE) != 0)
@@ -190,5 +192,5 @@ def waiting(records: Records) -> Bools:
 
 def state_name(proto: int, state: int) -> str:
     """The field's name of a session state; ``?<number>`` where DPVS has none."""
-    names = TCP_STATES if proto == TCP else UDP_STATES if proto == UDP else ()
+    names = {TCP: TCP_STATES, UDP: UDP_STATES, SCTP: SCTP_STATES}.get(proto, ())
     return names[state] if state < len(names) else f"?{state}"

@@ -27,7 +27,7 @@ I64 = npt.NDArray[np.int64]
 # Names of our own for what the other modules say, so that they can be C integers here.
 _AF_INET, _AF_INET6, _TCP = record.AF_INET, record.AF_INET6, record.TCP
 _NONE, _SYN_SENT, _SYN_RECV, _SYNACK = record.NONE, record.SYN_SENT, record.SYN_RECV, record.SYNACK
-_HASHED, _INJECTED, _ONE_PACKET, _TEMPLATE = record.HASHED, record.INJECTED, record.ONE_PACKET, record.TEMPLATE
+_HASHED, _INJECTED, _ONE_PACKET = record.HASHED, record.INJECTED, record.ONE_PACKET
 _INACTIVE = record.INACTIVE
 _ANY_MODE, _ANY_WORKER = record.UNKNOWN_MODE, record.UNKNOWN_WORKER
 _WATCHED, _HEARD, _CHANGED = notes.WATCHED, notes.HEARD, notes.CHANGED
@@ -218,7 +218,7 @@ class Rows:
             self.words[slot, 11] = (self.row_[11] & ~_WORKER_BITS) | (lcore << 32)
             # Rubbish in the padding would go out to peers.
             self.words[slot, 17] = (self.row_[17] & ~_PADDING_BITS) | (claim << 32)
-            self.shared[slot] = not (self.row_[1] >> 48) & (_TEMPLATE | _ONE_PACKET)  # record.replicable
+            self.shared[slot] = not (self.row_[1] >> 48) & _ONE_PACKET  # record.replicable
             if fresh:
                 self.born_ns[slot] = now_ns
                 self.present[slot] = 1

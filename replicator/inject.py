@@ -35,6 +35,10 @@ from collector.record import (
     NAT,
     ONE_PACKET,
     RECORD,
+    SCTP,
+    SCTP_ESTABLISHED,
+    SCTP_INIT,
+    SCTP_SHUTDOWN_ACK_SENT,
     TCP,
     TEMPLATE,
     TUNNEL,
@@ -59,16 +63,20 @@ from .promotion import SAMPLE, Promotion
 log = logging.getLogger(__name__)
 
 REFRESH_NS = 10_000_000_000
+LOOK_SHARE, LOOK_MANY = 5, 1 << 16  # copies without an owner are looked at so much more often, unless they are many
 MIN_COPY_TIMEOUT_MS = 30_000  # three refreshes, for states that DPVS itself would drop sooner
+REFRESH_STEP_NS = 20_000_000  # so often a part of them is looked at: a request for many costs as much as for one
 BACK_OFF_NS = 100_000_000  # after the control socket failed
 # Words 1 to 10 of a record hold its tuple (and state and flags): what is needed to find a session again.
 _FIRST, _LAST = 1, 11
 _TUPLE = np.full(_LAST - _FIRST, ~np.uint64(0), np.uint64)
 _TUPLE[0] = 0xFFFFFF  # af, af_out, proto
+_MODE_SHIFT, _FLAGS_SHIFT = np.uint64(24), np.uint64(48)  # in the first of these words
 
-_TCP_STATES, _UDP_STATES = (np.zeros(16, np.bool_) for _ in range(2))
+_TCP_STATES, _UDP_STATES, _SCTP_STATES = (np.zeros(16, np.bool_) for _ in range(3))
 _TCP_STATES[[ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK]] = True
 _UDP_STATES[[UDP_ONEWAY, UDP_NORMAL]] = True
+_SCTP_STATES[SCTP_ESTABLISHED : SCTP_SHUTDOWN_ACK_SENT + 1] = True
 # [forwarding mode][families: IPv4, IPv6, IPv6 outside and IPv4 inside, none of these], as the agent has it
 _KINDS = np.zeros((16, 4), np.bool_)
 _KINDS[[FNAT, TUNNEL], :3] = True
@@ -115,20 +123,28 @@ class Origin(Protocol):
 
 
 def injectable(records: Records) -> Bools:
-    """Which sessions may stand by here: TCP with an open or closing connection behind it, UDP that has seen a packet;
-    in the modes and families that DPVS can carry. Not SNAT: its service is found by a packet alone.
+    """Which sessions may stand by here: TCP and SCTP with an open or closing connection behind it, UDP that has seen a
+    packet, templates; in the modes and families that DPVS can carry. Not SNAT: its service is found by a packet alone.
     """
     state = np.minimum(records["state"], 15)
     tcp = (records["proto"] == TCP) & _TCP_STATES[state]
     udp = (records["proto"] == UDP) & _UDP_STATES[state]
-    plain = (records["flags"] & (TEMPLATE | ONE_PACKET)) == 0
+    # Where the server's packets go past it, DPVS never learns that it is open (ip_vs_proto_sctp.c: sctp_states).
+    past = np.isin(records["fwdmode"], (DR, TUNNEL)) & (state == SCTP_INIT)
+    sctp = (records["proto"] == SCTP) & (_SCTP_STATES[state] | past)
+    template = (records["flags"] & TEMPLATE) != 0
+    # One that DPVS has put out of use has other ports (ip_vs_conn.c: dp_vs_check_template).
+    tie = template & (records["cport"] == 0) & (records["dport"] == 0)
+    plain = (records["flags"] & ONE_PACKET) == 0
     outside, inside = records["af"], records["af_out"]
     six = outside == AF_INET6
     families = np.full(len(records), 3)
     families[(outside == AF_INET) & (inside == AF_INET)] = 0
     families[six & (inside == AF_INET6)] = 1
     families[six & (inside == AF_INET)] = 2
-    fit: Bools = (tcp | udp) & plain & _KINDS[np.minimum(records["fwdmode"], 15), families]
+    fit: Bools = (
+        np.where(template, tie, tcp | udp | sctp) & plain & _KINDS[np.minimum(records["fwdmode"], 15), families]
+    )
     return fit
 
 
@@ -248,7 +264,6 @@ class Injector:
             if copies is None:
                 copies = self._copies[key] = self._meet(replica, now_ns)
             if self.stopped or now_ns < self._not_before_ns:
-                copies.refreshed_ns = now_ns
                 continue
             if self._ownership is not None and not copies.inherited and len(current) > 1:
                 self._inherit(copies, current)
@@ -418,9 +433,11 @@ class Injector:
         here = upsert & np.isin(codes, (abi.Code.CREATED, abi.Code.UPDATED, abi.Code.LIVE))
         c.installed[slots[here]] = words(batch.records)[here, _FIRST:_LAST]
         c.has[slots[here]] = True
-        c.has[slots[upsert & ~here]] = False
+        # Where a copy could not be taken back from every worker, what stood here may still stand on one.
+        c.has[slots[upsert & ~here & (codes != abi.Code.BUSY)]] = False
         later = (codes >= abi.RETRYABLE) & (codes < abi.PERMANENT)
         c.retry[slots[upsert | delete]] = later[upsert | delete]
+        c.heir[slots[(batch.ops == abi.RecordOp.CLAIM) & later]] = True
         c.waits[slots[delete & later]] = True  # a delete that did not work: look again
         if self._ownership is not None:
             self._weigh(self._ownership, batch, codes, new)
@@ -494,7 +511,7 @@ class Injector:
         """``want`` without the FullNAT sessions, which are refused: their local port belongs to one worker, and the
         client's packets would come to another one.
         """
-        lost = want & (records["fwdmode"] == FNAT)
+        lost = want & (records["fwdmode"] == FNAT) & ((records["flags"] & TEMPLATE) == 0)
         again = c.code[slots[lost]] == abi.Code.WRONG_WORKER
         self.by_code[abi.Code.WRONG_WORKER] += int(np.count_nonzero(~again))
         c.code[slots[lost]] = abi.Code.WRONG_WORKER
@@ -545,27 +562,37 @@ class Injector:
         """Once in ``refresh_ns``, every copy whose owner's link is up is put in again, which restarts its timer.
 
         Without the owner, what may stand on several workers is looked at: a copy that carries traffic ends the others.
+        That has to be seen before it ends, so it is done more often.
         """
-        elapsed = now_ns - c.refreshed_ns
-        c.refreshed_ns = now_ns
-        share = min(c.replica.slots, c.replica.slots * elapsed // self._refresh_ns + 1)
+        elapsed, slots = now_ns - c.refreshed_ns, c.replica.slots
         room = self._room() // 2
+        if elapsed < REFRESH_STEP_NS or room == 0:
+            return
+        period = self._refresh_ns
+        if not c.replica.link_up and np.count_nonzero(c.has) <= LOOK_MANY:
+            period //= LOOK_SHARE
+        owed = share = min(slots, slots * elapsed // period)
         while share > 0 and room > 0:
-            end = min(c.cursor + min(share, 1 << 16), c.replica.slots)
+            end = min(c.cursor + min(share, 1 << 16), slots)
             look = np.arange(c.cursor, end)
+            idle = c.busy[look] == 0
             if c.replica.link_up:
-                due = look[(c.has[look] | c.retry[look]) & (c.busy[look] == 0)]
+                due = look[(c.has[look] | c.retry[look]) & idle]
             else:
-                mode = c.installed[look, 0] >> np.uint64(24) & np.uint64(0xFF)
-                known = (c.code[look] == abi.Code.LIVE) & (mode != NAT)  # of NAT's, the client's packets may come last
-                due = look[c.has[look] & (c.busy[look] == 0) & (mode != FNAT) & ~known]
+                head = c.installed[look, 0]
+                local = (head >> _MODE_SHIFT & np.uint64(0xFF)) == FNAT
+                template = (head >> _FLAGS_SHIFT & np.uint64(TEMPLATE)) != 0
+                due = look[c.has[look] & idle & ~local & ~template & (c.code[look] != abi.Code.LIVE)]
+                c.replica.pending.mark(look[c.heir[look] & idle])
             if len(due) > room:
                 due = due[:room]
                 end = int(due[-1]) + 1
             share -= end - c.cursor
             room -= len(due)
-            c.cursor = end % c.replica.slots
+            c.cursor = end % slots
             if c.replica.link_up:
                 self._send(c, due)
             elif len(due):
                 self._submit(c, due, np.full(len(due), abi.RecordOp.CHECK, np.uint8), self._standing(c, due))
+        done_ns = (owed - share) * period // slots  # what there was no room for stays owed
+        c.refreshed_ns = max(c.refreshed_ns + done_ns, now_ns - period)

@@ -18,6 +18,8 @@ from collector.record import (
     INJECTED,
     MODE_NAMES,
     ONE_PACKET,
+    SCTP,
+    SCTP_ESTABLISHED,
     TCP,
     TEMPLATE,
     UDP,
@@ -140,13 +142,13 @@ def refusals(records: Records) -> list[tuple[str, Bools]]:
         out.append((why, left & which))
         left = left & ~which
 
-    take("a template of persistence", (records["flags"] & TEMPLATE) != 0)
+    take("a template of persistence that is out of use", (records["flags"] & TEMPLATE) != 0)
     take("of one packet only", (records["flags"] & ONE_PACKET) != 0)
     for proto in np.unique(records["proto"][left]):
-        if proto not in (TCP, UDP):
+        if proto not in (TCP, UDP, SCTP):
             take(f"protocol {proto}", records["proto"] == proto)
     open_ = records.copy()
-    open_["state"] = 1  # established, or one-way
+    open_["state"] = np.where(records["proto"] == SCTP, SCTP_ESTABLISHED, 1)  # established, or one-way
     take("not open yet, or ended", injectable(open_))
     for mode in np.unique(records["fwdmode"][left]):
         name = MODE_NAMES.get(int(mode), "?")

@@ -7,6 +7,8 @@ Rules
 - The agent puts in one of a batch at most and says where it is. That piece of memory, and DPVS's own word for the same
   session (GET_CONN_SPECIFIED), must say what the record says. Then the session is taken out again, and must be gone
   from both. Only then the batch goes in.
+- Where nothing can be put in because all of it is here already, the first session that is to be made to wait is the
+  trial: it has to be what the record names, and to wait. It is not taken out. No copy is claimed before a trial.
 - It disturbs nobody. It waits as any copy does, and ends as silently. Should its traffic arrive in this moment, DPVS
   makes it an established session, and then it stays.
 - A difference names its field, and nothing more is put in by this attach.
@@ -26,13 +28,13 @@ from collector.record import (
     HASHED,
     INACTIVE,
     INJECTED,
-    SYNACK,
     SYNPROXY,
     TCP,
     TEMPLATE,
-    UDP_NONE,
+    UDP,
     UNKNOWN_MODE,
     Records,
+    waiting,
 )
 from probes.agent import abi
 from probes.agent.client import AgentClient, AgentRefused, code_name
@@ -54,6 +56,8 @@ MOVING = {f"{of}_{part}" for of in ("fnat", "sp") for part in ("fdata_seq", "pre
     "rs_end_ack",
 }
 PUT_IN = (abi.Code.CREATED, abi.Code.UPDATED)
+CHANGES = (abi.RecordOp.UPSERT, abi.RecordOp.YIELD, abi.RecordOp.CLAIM)
+CLIENT_SIDE = ("af", "proto", "caddr", "vaddr", "cport", "vport")
 
 log = logging.getLogger(__name__)
 Codes = npt.NDArray[np.uint8]
@@ -79,6 +83,7 @@ class Witness(Protocol):
     """What can be known of a session in DPVS without the agent (``Inspector``)."""
 
     def differences(self, address: int, record: Records) -> list[str]: ...
+    def restless(self, address: int, record: Records) -> list[str]: ...
     def remains(self, address: int, record: Records) -> list[str]: ...
 
 
@@ -96,33 +101,42 @@ class Trial:
         return self._client.max_records
 
     def submit(self, ops: Codes, records: Records) -> int:
-        """As ``AgentClient.submit``; raises TrialFailed as well. The first that puts something in takes a little."""
-        if not self.passed and (ops == abi.RecordOp.UPSERT).any():
+        """As ``AgentClient.submit``; raises TrialFailed as well. The first that changes something takes a little."""
+        if not self.passed and np.isin(ops, CHANGES).any():
             request = self._client.submit(ops, records, trial=True)
             codes = self._answer(request)
-            made = np.flatnonzero((ops == abi.RecordOp.UPSERT) & np.isin(codes, PUT_IN))
-            if len(made) == 0:
+            made = (ops == abi.RecordOp.UPSERT) & np.isin(codes, PUT_IN)
+            made |= (ops == abi.RecordOp.YIELD) & (codes == abi.Code.YIELDED)
+            if not made.any():
                 return request  # nothing could be put in: these are the answers
-            at = int(made[0])
+            at = int(np.flatnonzero(made)[0])
             self._judge(self._client.tried(request), records[at : at + 1], abi.Code(int(codes[at])))
             self.passed = True
-            log.info("a trial session was put in, is as it should be, and was taken out")
+            log.info("a trial session is as it should be")
         return self._client.submit(ops, records)
 
     def results(self, request_id: int) -> Codes | None:
         return self._client.results(request_id)
 
     def _judge(self, address: int, record: Records, code: abi.Code) -> None:
-        wrong = self._witness.differences(address, record)
+        look = self._witness.restless if code == abi.Code.YIELDED else self._witness.differences
+        wrong = look(address, record)
         if code == abi.Code.CREATED:  # a copy of an earlier attach stays
             delete = np.array([abi.RecordOp.DELETE], np.uint8)
             ended = int(self._answer(self._client.submit(delete, record))[0])
             if ended == abi.Code.DELETED:
-                wrong += self._witness.remains(address, record)
+                wrong += self._gone(address, record)
             elif ended != abi.Code.LIVE:
                 wrong.append(f"it could not be taken out again ({code_name(ended)})")
         if wrong:
             raise TrialFailed(f"a trial session is not what was asked for: {'; '.join(wrong)}")
+
+    def _gone(self, address: int, record: Records) -> list[str]:
+        """Where it remains; a template ends by its timer, a moment later."""
+        deadline = self._clock() + (ANSWER_S if int(record["flags"][0]) & TEMPLATE else 0)
+        while (left := self._witness.remains(address, record)) and self._clock() < deadline:
+            time.sleep(PAUSE_S)
+        return left
 
     def _answer(self, request: int) -> Codes:
         deadline = self._clock() + ANSWER_S
@@ -149,6 +163,26 @@ class Inspector:
             return [f"{address:#x} is no session of DPVS's pool"]
         return [*self._in_memory(address, record), *self._in_answer(record)]
 
+    def restless(self, address: int, record: Records) -> list[str]:
+        """Why the session at ``address`` is not that of ``record``, seen from the client, or does not wait for it."""
+        if self._pool.slot_of(np.array([address], np.uint64))[0] < 0:
+            return [f"{address:#x} is no session of DPVS's pool"]
+        seen = from_conns(self._read(address), np.zeros(1, np.int64), self._modes)
+        wrong = [
+            _difference(f"{name} in memory", seen[name][0], record[name][0])
+            for name in CLIENT_SIDE
+            if not _same(name, seen, record)
+        ]
+        flags = int(seen["flags"][0])
+        if flags & (HASHED | INJECTED) != HASHED | INJECTED:
+            wrong.append(_difference("flags in memory", hex(flags), hex(HASHED | INJECTED)))
+        waits = bool(waiting(seen)[0])  # else its next packet has come in this very moment
+        if waits and not flags & TEMPLATE and abs(int(seen["timeout_ms"][0]) - int(record["timeout_ms"][0])) > 1000:
+            wrong.append(_difference("timeout in memory", seen["timeout_ms"][0], record["timeout_ms"][0]))
+        if not flags & TEMPLATE and self._listed(record) is None:
+            wrong.append("DPVS does not know it")
+        return wrong
+
     def remains(self, address: int, record: Records) -> list[str]:
         """Where a session that was taken out can still be seen."""
         left = []
@@ -163,9 +197,9 @@ class Inspector:
 
     def _in_memory(self, address: int, record: Records) -> list[str]:
         seen = from_conns(self._read(address), np.zeros(1, np.int64), self._modes)
-        flags, state = int(seen["flags"][0]), int(seen["state"][0])
-        waiting = SYNACK if int(record["proto"][0]) == TCP else UDP_NONE
-        live = state != waiting or not flags & INACTIVE  # its traffic came in this very moment
+        flags = int(seen["flags"][0])
+        template = int(record["flags"][0]) & TEMPLATE
+        live = not waiting(seen)[0] or not flags & INACTIVE  # its traffic came in this very moment
         wrong = [
             _difference(f"{name} in memory", seen[name][0], record[name][0])
             for name in FIELDS
@@ -175,8 +209,8 @@ class Inspector:
             wrong.append(_difference("forwarding mode in memory", seen["fwdmode"][0], record["fwdmode"][0]))
         if not live and abs(int(seen["timeout_ms"][0]) - int(record["timeout_ms"][0])) > 1000:
             wrong.append(_difference("timeout in memory", seen["timeout_ms"][0], record["timeout_ms"][0]))
-        need = HASHED | INJECTED | int(record["flags"][0]) & SYNPROXY
-        if flags & (HASHED | INJECTED | SYNPROXY) != need:
+        need = HASHED | INJECTED | template | (0 if template else int(record["flags"][0]) & SYNPROXY)
+        if flags & (HASHED | INJECTED | TEMPLATE | SYNPROXY) != need:
             wrong.append(_difference("flags in memory", hex(flags), hex(need)))
         return wrong
 
@@ -199,7 +233,7 @@ class Inspector:
             if not same:
                 wrong.append(_difference(f"{name} in DPVS's answer", row[name], one[name]))
         state = bytes(row["state"]).split(b"\0")[0]
-        waits = state == (b"SYNACK" if int(one["proto"]) == TCP else b"UDP_NONE")
+        waits = state == {TCP: b"SYNACK", UDP: b"UDP_NONE"}.get(int(one["proto"]), b"SCTP_NONE")
         if waits and abs(int(row["timeout"]) * 1000 - int(one["timeout_ms"])) > 1000:
             wrong.append(_difference("timeout in DPVS's answer", int(row["timeout"]) * 1000, one["timeout_ms"]))
         return wrong

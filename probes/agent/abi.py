@@ -15,12 +15,12 @@ import numpy as np
 HEADER = Path(__file__).with_name("agent_abi.h")
 
 ABI = 2
-BUILD = 2
+BUILD = 3
 MAX_RECORDS = 4096
 MAX_REQUESTS = 8
 RESULTS = 64
 MAX_WORKERS = 64
-OFFSETS = 96
+OFFSETS = 128
 CONFIG_MAGIC = b"DPVSPROBE-CONFIG"
 DOOR_MAGIC = b"DPVSPROBE-DOOR-1"
 REQUEST_MAGIC = int.from_bytes(b"DPVSPRB1", "little")

@@ -51,8 +51,8 @@ static const struct {
 	SYMBOL(sockopt_register),	SYMBOL(sockopt_unregister),	 SYMBOL(msg_type_register),
 	SYMBOL(msg_type_unregister),	SYMBOL(msg_make),		 SYMBOL(msg_send),
 	SYMBOL(msg_destroy),		SYMBOL(netif_get_slave_lcores),	 SYMBOL(rte_get_main_lcore),
-	SYMBOL(dp_vs_conn_get),		SYMBOL(dp_vs_conn_new),		 SYMBOL(dp_vs_conn_put),
-	SYMBOL(dp_vs_conn_put_no_reset), SYMBOL(dp_vs_service_lookup),	 SYMBOL(dp_vs_dest_lookup),
+	SYMBOL(dp_vs_conn_get),		SYMBOL(dp_vs_ct_in_get),	 SYMBOL(dp_vs_conn_new),
+	SYMBOL(dp_vs_conn_put),		SYMBOL(dp_vs_conn_put_no_reset), SYMBOL(dp_vs_service_lookup),	 SYMBOL(dp_vs_dest_lookup),
 	SYMBOL(inet_addr_ifa_get),	SYMBOL(inet_addr_ifa_put),
 #undef SYMBOL
 };

@@ -30,10 +30,13 @@ extern struct agent_results agent_results;
  * error codes are the ones its table of messages knows. */
 enum { EDPVS_OK = 0, EDPVS_INVAL = -1, EDPVS_EXIST = -3, EDPVS_BUSY = -13, EDPVS_DISABLED = -18 };
 enum { TCP_NONE = 0, TCP_ESTABLISHED = 1, TCP_SYN_SENT = 2, TCP_CLOSE = 6, TCP_SYNACK = 10, UDP_NONE = 0, UDP_NORMAL = 2 };
-enum { F_SYNPROXY = 0x10, F_INACTIVE = 0x200, F_TEMPLATE = 0x400, F_ONE_PACKET = 0x800, F_INJECTED = 0x8000 };
+enum { SCTP_ESTABLISHED = 8, SCTP_CLOSED = 13 };
+enum { F_SYNPROXY = 0x10, F_QUIESCENT = 0x20, F_INACTIVE = 0x200, F_TEMPLATE = 0x400, F_ONE_PACKET = 0x800 };
+enum { F_INJECTED = 0x8000, SVC_PERSISTENT = 1 };
 enum { FWD_NAT = 0, FWD_TUNNEL = 2, FWD_DR = 3, FWD_FNAT = 5 };
 enum { SA_F_USED = 1, MSG_F_ASYNC = 1, MSG_UNICAST = 1, MSG_PRIO_HIGH = 1, STATE_NORMAL = 3 };
-enum { DTIMER_OK = 0, DTIMER_STOP = 1 };
+enum { DTIMER_OK = 0, DTIMER_STOP = 1, MAC = 6 };
+#define AGENT_MAX_TIMEOUT_S (7 * 86400u)
 
 
 /* ---- offsets ---- */
@@ -80,6 +83,8 @@ struct agent_dpvs {
 	unsigned (*rte_get_main_lcore)(void);
 	void *(*dp_vs_conn_get)(int af, uint16_t proto, const void *saddr, const void *daddr, uint16_t sport,
 				uint16_t dport, int *dir, bool reverse);
+	void *(*dp_vs_ct_in_get)(int af, uint16_t proto, const void *saddr, const void *daddr, uint16_t sport,
+				 uint16_t dport);
 	void *(*dp_vs_conn_new)(void *mbuf, const void *iph, void *param, void *dest, uint32_t flags);
 	void (*dp_vs_conn_put)(void *conn);
 	void (*dp_vs_conn_put_no_reset)(void *conn);
@@ -102,22 +107,49 @@ static inline bool is_ready(void) { return __atomic_load_n(&door.state, __ATOMIC
 
 /* ---- one session (session.c): only on the worker that owns it ---- */
 
-/* Live, but all that came was from the real server; never the answer to a record. */
-enum { CODE_LIVE_ANSWERS = 15 };
+/* Live, but nothing came from the client; never the answer to a record. */
+enum { CODE_LIVE_UNHEARD = 15 };
+
+static inline bool address_equal(int af, const void *a, const void *b)
+{
+	/* union inet_addr holds rubbish above an IPv4 address */
+	return memcmp(a, b, af == AF_INET ? 4 : 16) == 0;
+}
+
+/* Are all places of a real server taken? Asked before DPVS is, which marks a server that it finds full. */
+static inline bool is_full(void *dest)
+{
+	uint32_t limit = get32(AT(dest, dp_vs_dest, max_conn));
+
+	return limit && get32(AT(dest, dp_vs_dest, actconns)) + get32(AT(dest, dp_vs_dest, inactconns)) >= limit;
+}
 
 uint8_t check_record(const struct agent_record *r);
 /* Is there a copy on every worker, because nothing in the session says which of them gets its packets? */
-static inline bool without_owner(const struct agent_record *r) { return r->fwdmode != FWD_FNAT; }
+static inline bool without_owner(const struct agent_record *r)
+{
+	return r->fwdmode != FWD_FNAT && !(r->flags & F_TEMPLATE);
+}
 uint8_t upsert_session(const struct agent_record *r, unsigned lcore);
 uint8_t delete_session(const struct agent_record *r);
 uint8_t yield_session(const struct agent_record *r);
 uint8_t claim_session(const struct agent_record *r);
 uint64_t address_of_session(const struct agent_record *r); /* 0: there is none */
 uint8_t look_at_session(const struct agent_record *r);
-/* Ends a copy that waits; with `answers`, also one that is live by what the real server sent. */
-uint8_t withdraw_session(const struct agent_record *r, bool answers);
+/* Ends a copy that waits; with `unheard`, also one that is live without a packet of the client. */
+uint8_t withdraw_session(const struct agent_record *r, bool unheard);
 /* What the codes of several workers come to; `seen` has bit n for code n. */
 uint8_t merge_codes(uint64_t seen);
+
+/* ---- what ties clients to real servers (template.c): on any worker ---- */
+
+uint8_t check_template(const struct agent_record *r);
+uint8_t work_on_template(const struct agent_record *r, uint8_t op, unsigned lcore);
+uint64_t address_of_template(const struct agent_record *r); /* 0: there is none */
+/* The template of a session that is about to be made, held; NULL where the service ties nobody, or to another server. */
+void *template_for(const struct agent_record *r, void *svc, void *dest);
+/* Lets a session (NULL: it could not be made) be controlled by a template, and lets go of that. */
+void tie(void *conn, void *template);
 
 /* ---- the hash of port pools (hash.c) ---- */
 

@@ -14,14 +14,14 @@
 #define AGENT_ABI 2
 /* Goes up with each change of the agent's code: a higher one takes over from a lower one, never the other way round. */
 #ifndef AGENT_BUILD
-#define AGENT_BUILD 2
+#define AGENT_BUILD 3
 #endif
 #define AGENT_MAX_RECORDS 4096 /* records a request: 590 KiB, read and split by the master in well under a millisecond */
 #define AGENT_MAX_REQUESTS 8   /* requests outstanding */
 #define AGENT_RESULTS 64       /* results kept, the oldest is overwritten first */
 #define AGENT_MAX_WORKERS 64
 #define AGENT_LATE_NS 100000 /* longer than that no callback on a worker may take */
-#define AGENT_OFFSETS 96
+#define AGENT_OFFSETS 128
 
 #define AGENT_CONFIG_MAGIC "DPVSPROBE-CONFIG"
 #define AGENT_DOOR_MAGIC "DPVSPROBE-DOOR-1"
@@ -56,10 +56,16 @@
 	FIELD(dp_vs_conn, flags) \
 	FIELD(dp_vs_conn, state) \
 	FIELD(dp_vs_conn, old_state) \
+	FIELD(dp_vs_conn, control) \
 	FIELD(dp_vs_conn, n_control) \
+	FIELD(dp_vs_conn, in_smac) \
+	FIELD(dp_vs_conn, in_dmac) \
+	FIELD(dp_vs_conn, out_smac) \
 	FIELD(dp_vs_conn, out_dmac) \
 	FIELD(dp_vs_conn, in_nexthop) \
+	FIELD(dp_vs_conn, out_nexthop) \
 	FIELD(dpvs_timer, handler) \
+	FIELD(dp_vs_dest, n_list) \
 	FIELD(dp_vs_dest, af) \
 	FIELD(dp_vs_dest, addr) \
 	FIELD(dp_vs_dest, port) \
@@ -72,6 +78,11 @@
 	FIELD(dp_vs_service, proto) \
 	FIELD(dp_vs_service, port) \
 	FIELD(dp_vs_service, addr) \
+	FIELD(dp_vs_service, flags) \
+	FIELD(dp_vs_service, timeout) \
+	FIELD(dp_vs_service, netmask) \
+	FIELD(dp_vs_service, dests) \
+	FIELD(dp_vs_service, num_dests) \
 	FIELD(dp_vs_service, laddr_list) \
 	FIELD(dp_vs_service, laddr_curr) \
 	FIELD(dp_vs_service, num_laddrs) \

@@ -11,8 +11,9 @@
  * are long there is traffic, and a callback takes no more than our share of the time since the last one.
  *
  * A record whose worker nobody can know goes to every worker, and their codes are merged. It is all or nothing: where one
- * worker cannot have the copy, the others give theirs back; where one copy carries traffic, the rest go. That takes a
- * second round of the request.
+ * worker cannot have the copy, the others give theirs back; where one copy has the client's packets, the rest go; where
+ * one is to be ended or claimed, all are looked at before. That takes a second round of the request, and what comes of it
+ * counts: a copy that could not be taken back makes the answer BUSY.
  */
 #include "agent.h"
 
@@ -27,7 +28,7 @@ struct request_slot {
 	bool used;
 	uint32_t count;
 	uint32_t remaining; /* pieces of work to do: a record on a worker; master only */
-	bool withdrawing;   /* the second round */
+	bool again;	    /* the second round */
 	bool trial;
 	uint32_t tried; /* trial: index + 1 of the record that is or was tried, written by workers */
 	struct agent_result *result;
@@ -38,6 +39,8 @@ struct request_slot {
 	uint16_t begin[AGENT_MAX_WORKERS], own_end[AGENT_MAX_WORKERS], end[AGENT_MAX_WORKERS];
 	uint16_t every[AGENT_MAX_RECORDS], n_every; /* record indices, for all workers */
 	uint64_t seen[AGENT_MAX_RECORDS];	    /* for those: bit n where a worker had code n */
+	uint64_t then[AGENT_MAX_RECORDS];	    /* the same, of the second round */
+	uint8_t claimed[AGENT_MAX_RECORDS];	    /* second round of a CLAIM: one worker has it */
 	struct agent_record records[AGENT_MAX_RECORDS];
 };
 
@@ -80,63 +83,99 @@ static void count_codes(uint8_t code, uint64_t records)
 	__atomic_fetch_add(&door.by_code[code % CODE_MAX], records, __ATOMIC_RELAXED);
 }
 
+/* Any worker can have a template; which one goes by the client, so that all that is done to it stays in order. */
+static int owner_of_template(const struct agent_record *r)
+{
+	uint32_t words[4];
+
+	memcpy(words, r->caddr, sizeof(words));
+	return (int)(hash_words(words, 4, 0) % n_workers);
+}
+
 /* Which worker owns a session: by its local port, DPVS 1.10.2, src/sa_pool.c: sa_pool_init. Where there is none, the one
  * that the network card gives the client's packets to, which nobody but the card knows: each may be it. */
 static int owner_of(const struct agent_record *r)
 {
 	unsigned index = ntohs(r->lport) & port_mask;
 
+	if (r->flags & F_TEMPLATE)
+		return owner_of_template(r);
 	if (without_owner(r))
 		return n_workers == 1 ? 0 : EVERY_WORKER;
 	return index < n_workers ? (int)index : -1;
 }
 
-/* Of a trial one record at most is put in: the rest may be once it has been looked at. */
+static bool changes_dpvs(uint8_t op) { return op == AGENT_UPSERT || op == AGENT_YIELD; }
+
+/* Of a trial one record at most is put in, or made to wait: the rest may be once it has been looked at. */
 static bool may_try(struct request_slot *request, unsigned n)
 {
 	uint32_t none = 0;
 
-	return request->ops[n] != AGENT_UPSERT ||
+	if (request->ops[n] == AGENT_CLAIM)
+		return false;
+	return !changes_dpvs(request->ops[n]) ||
 	       __atomic_compare_exchange_n(&request->tried, &none, n + 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) ||
 	       none == n + 1;
 }
 
 static void was_tried(struct request_slot *request, unsigned n, uint8_t code)
 {
+	const struct agent_record *r = &request->records[n];
 	uint32_t mine = n + 1;
 
-	if (code == CODE_CREATED || code == CODE_UPDATED)
-		request->result->conn = address_of_session(&request->records[n]);
-	else if (request->ops[n] == AGENT_UPSERT && owner_of(&request->records[n]) != EVERY_WORKER) /* another may be it */
+	if (code == CODE_CREATED || code == CODE_UPDATED || code == CODE_YIELDED)
+		request->result->conn = r->flags & F_TEMPLATE ? address_of_template(r) : address_of_session(r);
+	else if (changes_dpvs(request->ops[n]) && owner_of(r) != EVERY_WORKER) /* another may be it */
 		__atomic_compare_exchange_n(&request->tried, &mine, 0, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+
+/* What is to be done about a record that all workers have, now that they have looked. */
+static uint8_t second_time(struct request_slot *request, unsigned n)
+{
+	const struct agent_record *r = &request->records[n];
+	uint8_t none = 0;
+
+	if (request->ops[n] != AGENT_CLAIM || (request->seen[n] & 1ull << CODE_LIVE)) /* of two live copies the one that has the client's packets stays */
+		return withdraw_session(r, request->seen[n] & 1ull << CODE_LIVE);
+	/* One copy is the session from now on. The others go on waiting: the client's packets may come to any of them. */
+	if (look_at_session(r) == CODE_WAITING &&
+	    __atomic_compare_exchange_n(&request->claimed[n], &none, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+		return claim_session(r);
+	return look_at_session(r);
 }
 
 static uint8_t work_on(struct request_slot *request, unsigned n, unsigned lcore)
 {
 	const struct agent_record *r = &request->records[n];
+	bool everywhere = without_owner(r) && n_workers > 1;
 	uint8_t code;
 
 	if (!is_ready())
 		return CODE_RETIRED;
-	if (request->trial && !request->withdrawing && !may_try(request, n))
+	if (request->again)
+		return second_time(request, n);
+	if (request->trial && !may_try(request, n))
 		return CODE_BUSY;
-	if (request->withdrawing) /* of two live copies the one that has the client's packets stays */
-		return withdraw_session(r, request->seen[n] & 1ull << CODE_LIVE);
-	switch (request->ops[n]) {
-	case AGENT_UPSERT:
-		code = upsert_session(r, lcore);
-		break;
-	case AGENT_DELETE:
-		code = delete_session(r);
-		break;
-	case AGENT_CLAIM:
-		code = claim_session(r);
-		break;
-	case AGENT_YIELD:
-		code = yield_session(r);
-		break;
-	default:
-		code = look_at_session(r);
+	if (r->flags & F_TEMPLATE) {
+		code = work_on_template(r, request->ops[n], lcore);
+	} else {
+		switch (request->ops[n]) {
+		case AGENT_UPSERT:
+			code = upsert_session(r, lcore);
+			break;
+		case AGENT_DELETE:
+			code = everywhere ? look_at_session(r) : delete_session(r);
+			break;
+		case AGENT_CLAIM:
+			code = everywhere ? look_at_session(r) : claim_session(r);
+			break;
+		case AGENT_YIELD:
+			code = yield_session(r);
+			break;
+		default:
+			code = look_at_session(r);
+		}
 	}
 	if (request->trial)
 		was_tried(request, n, code);
@@ -181,10 +220,11 @@ int batch_work(void *msg)
 		n = i < own_end ? request->order[i] : request->every[i - own_end];
 		code = work_on(request, n, w->lcore);
 		if (i < own_end) {
-			request->codes[n] = code == CODE_LIVE_ANSWERS ? CODE_LIVE : code;
+			request->codes[n] = code == CODE_LIVE_UNHEARD ? CODE_LIVE : code;
 			counts[request->codes[n] % CODE_MAX]++;
 		} else {
-			__atomic_fetch_or(&request->seen[n], 1ull << code, __ATOMIC_RELAXED);
+			__atomic_fetch_or(request->again ? &request->then[n] : &request->seen[n], 1ull << code,
+					  __ATOMIC_RELAXED);
 		}
 	}
 	w->chunk_end = (uint16_t)i;
@@ -233,11 +273,36 @@ static void queue(struct request_slot *request, unsigned worker)
 	w->length++;
 }
 
-/* Every worker has said its code. Sort out what has to be taken back; true if there is something. */
-static bool withdraw(struct request_slot *request)
+enum {
+	SEEN_LIVE = 1 << CODE_LIVE,
+	SEEN_UNHEARD = 1 << CODE_LIVE_UNHEARD,
+	SEEN_WAITING = 1 << CODE_CREATED | 1 << CODE_UPDATED | 1 << CODE_WAITING,
+};
+
+static void decide(struct request_slot *request, unsigned record, uint8_t code)
 {
-	const uint64_t live = 1ull << CODE_LIVE, answers = 1ull << CODE_LIVE_ANSWERS;
-	const uint64_t waiting = 1ull << CODE_CREATED | 1ull << CODE_UPDATED | 1ull << CODE_WAITING;
+	request->codes[record] = code;
+	count_codes(code, 1);
+}
+
+/* Does what the workers had of a record ask for a second round? */
+static bool asks_again(uint8_t op, uint64_t seen)
+{
+	uint8_t code = merge_codes(seen);
+	bool all_wait = code == CODE_CREATED || code == CODE_UPDATED || code == CODE_WAITING;
+
+	if (seen & SEEN_LIVE)
+		return seen & (SEEN_WAITING | SEEN_UNHEARD);
+	if (seen & SEEN_UNHEARD) /* the client's packets may still come to any of those that wait */
+		return false;
+	if (!(seen & SEEN_WAITING))
+		return false;
+	return !all_wait || op == AGENT_DELETE || op == AGENT_CLAIM;
+}
+
+/* Every worker has said its code. Sort out what needs a second round; true if there is something. */
+static bool look_again(struct request_slot *request)
+{
 	unsigned i, n, left = 0;
 
 	for (i = 0; i < request->n_every; i++) {
@@ -245,19 +310,23 @@ static bool withdraw(struct request_slot *request)
 		uint64_t seen = request->seen[record];
 		uint8_t code = merge_codes(seen);
 
-		request->codes[record] = code;
-		count_codes(code, 1);
-		if ((code != CODE_CREATED && code != CODE_UPDATED && code != CODE_WAITING && (seen & waiting)) ||
-		    ((seen & live) && (seen & answers))) {
-			request->every[left++] = (uint16_t)record;
-			if (request->tried == record + 1) /* whatever was shown of it may be gone */
-				request->result->conn = 0;
+		if (!asks_again(request->ops[record], seen)) {
+			/* to who asks whether others may go, a session that its client has not been heard on waits */
+			bool unheard = (seen & SEEN_UNHEARD) && !(seen & SEEN_LIVE) && request->ops[record] == AGENT_CHECK;
+
+			decide(request, record, unheard ? CODE_WAITING : code);
+			continue;
 		}
+		request->then[record] = 0;
+		request->claimed[record] = 0;
+		request->every[left++] = (uint16_t)record;
+		if (request->tried == record + 1) /* whatever was shown of it may be gone */
+			request->result->conn = 0;
 	}
 	request->n_every = (uint16_t)left;
 	if (!left)
 		return false;
-	request->withdrawing = second_round = true;
+	request->again = second_round = true;
 	request->remaining = left * n_workers;
 	for (n = 0; n < n_workers; n++) {
 		request->begin[n] = request->own_end[n] = 0;
@@ -267,11 +336,28 @@ static bool withdraw(struct request_slot *request)
 	return true;
 }
 
+/* The codes after the second round: what the first one found apart from copies that wait, and what the second one did. */
+static void conclude(struct request_slot *request)
+{
+	unsigned i;
+
+	for (i = 0; i < request->n_every; i++) {
+		unsigned record = request->every[i];
+		uint64_t then = request->then[record];
+
+		decide(request, record,
+		       then & 1ull << CODE_BUSY ? CODE_BUSY
+						: merge_codes((request->seen[record] & ~(uint64_t)SEEN_WAITING) | then));
+	}
+}
+
 static void settle(struct request_slot *request, unsigned pieces)
 {
 	request->remaining -= pieces;
-	if (request->remaining || (!request->withdrawing && request->n_every && withdraw(request)))
+	if (request->remaining || (!request->again && request->n_every && look_again(request)))
 		return;
+	if (request->again)
+		conclude(request);
 	if (memchr(request->codes, CODE_PENDING, request->count))
 		poison("a request ended with records that have no code");
 	request->result->end_ns = now_ns();
@@ -403,7 +489,7 @@ static int accept_batch(const struct agent_request *head, const uint8_t *ops, co
 	__atomic_store_n(&result->request_id, head->request_id, __ATOMIC_RELEASE);
 
 	request->used = true;
-	request->withdrawing = false;
+	request->again = false;
 	request->count = request->remaining = head->count;
 	request->n_every = 0;
 	request->result = result;
@@ -422,8 +508,6 @@ static int accept_batch(const struct agent_request *head, const uint8_t *ops, co
 		    ops[i] != AGENT_YIELD && ops[i] != AGENT_CLAIM)
 			code = CODE_BAD_RECORD;
 		owner[i] = code ? -1 : (int8_t)owner_of(&request->records[i]);
-		if (ops[i] == AGENT_CLAIM && owner[i] == EVERY_WORKER)
-			owner[i] = -1; /* one of its copies would be the session, and nobody knows which */
 		if (owner[i] < 0) {
 			request->codes[i] = code ? code : CODE_WRONG_WORKER;
 			count_codes(request->codes[i], 1);

@@ -6,20 +6,14 @@
  * Rules: everything here runs on that worker, between two bursts of packets, so nothing else touches its table, its port
  * pools or its lists of services. A TCP copy waits as SYNACK|INACTIVE and ends from CLOSE: no reset is sent from either.
  * A UDP copy waits as NONE: the first packet moves it on, and its end says nothing of its real server's health, which
- * that of ONEWAY would.
+ * that of ONEWAY would. An SCTP copy waits as NONE too: it ends in silence, and any chunk of an association moves it on
+ * (1.10.2, src/ipvs/ip_vs_proto_sctp.c: sctp_states). Templates are another matter (template.c).
  */
 #include <sys/socket.h>
 
 #include "agent.h"
 
-#define MAX_TIMEOUT_S (7 * 86400u)
 #define MAX_LADDRS 4096
-
-static bool address_equal(int af, const void *a, const void *b)
-{
-	/* union inet_addr holds rubbish above an IPv4 address */
-	return memcmp(a, b, af == AF_INET ? 4 : 16) == 0;
-}
 
 /* The modes and families that DPVS can carry: 1.10.2, src/ipvs/ip_vs_xmit.c. */
 static bool is_kind(const struct agent_record *r)
@@ -38,19 +32,35 @@ static bool is_kind(const struct agent_record *r)
 	}
 }
 
+/* How a copy waits for its first packet. */
+static uint16_t waiting_state(uint8_t proto) { return proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NONE; }
+
+static uint16_t last_state(uint8_t proto)
+{
+	return proto == IPPROTO_TCP ? TCP_SYNACK : proto == IPPROTO_SCTP ? SCTP_CLOSED : UDP_NORMAL;
+}
+
+/* The one state in which DPVS counts a session as active. UDP has none. */
+static bool counts_as_active(uint8_t proto, uint16_t state)
+{
+	return (proto == IPPROTO_TCP && state == TCP_ESTABLISHED) || (proto == IPPROTO_SCTP && state == SCTP_ESTABLISHED);
+}
+
 uint8_t check_record(const struct agent_record *r)
 {
-	if (!is_kind(r) || (r->proto != IPPROTO_TCP && r->proto != IPPROTO_UDP))
+	if (!is_kind(r) || (r->proto != IPPROTO_TCP && r->proto != IPPROTO_UDP && r->proto != IPPROTO_SCTP))
 		return CODE_UNSUPPORTED;
-	if (r->flags & (F_TEMPLATE | F_ONE_PACKET))
+	if (r->flags & F_ONE_PACKET)
 		return CODE_UNSUPPORTED;
+	if (r->flags & F_TEMPLATE)
+		return check_template(r);
 	if (!r->cport || !r->vport || !r->lport || !r->dport)
 		return CODE_BAD_RECORD;
-	if (r->state > (r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NORMAL))
+	if (r->state > last_state(r->proto))
 		return CODE_BAD_RECORD;
 	if (r->fwdmode != FWD_FNAT && (r->lport != r->cport || !address_equal(r->af_out, r->laddr, r->caddr)))
 		return CODE_BAD_RECORD; /* no local address: DPVS writes the client's there, or what fits of it */
-	if (!r->timeout_ms || r->timeout_ms / 1000 > MAX_TIMEOUT_S || r->wscale_vs > 14 || r->wscale_rs > 14)
+	if (!r->timeout_ms || r->timeout_ms / 1000 > AGENT_MAX_TIMEOUT_S || r->wscale_vs > 14 || r->wscale_rs > 14)
 		return CODE_BAD_RECORD;
 	return 0;
 }
@@ -65,23 +75,26 @@ static bool same_local_side(void *conn, const struct agent_record *r)
 /* Does the copy carry traffic here? Then DPVS itself has moved it out of the state that we put it in. */
 static bool is_live(void *conn)
 {
-	if (get8(AT(conn, dp_vs_conn, proto)) != IPPROTO_TCP)
-		return get16(AT(conn, dp_vs_conn, state)) != UDP_NONE;
-	return get16(AT(conn, dp_vs_conn, state)) != TCP_SYNACK || !(get16(AT(conn, dp_vs_conn, flags)) & F_INACTIVE);
+	uint8_t proto = get8(AT(conn, dp_vs_conn, proto));
+
+	if (get16(AT(conn, dp_vs_conn, state)) != waiting_state(proto))
+		return true;
+	return proto == IPPROTO_TCP && !(get16(AT(conn, dp_vs_conn, flags)) & F_INACTIVE);
 }
 
-/* LIVE, or LIVE_ANSWERS for NAT, where what the real server sends may come to another worker than what the client sends:
- * with copies on both, each makes its own live. It may be without a copy (DPVS's redirect table takes the packet to the
- * session), the client's worker may not. A packet of the client leaves its traces in the Ethernet address of the way back
- * or in the next hop: 1.10.2, src/ipvs/ip_vs_xmit.c: dp_vs_save_xmit_info, dp_vs_conn_cache_rt. */
+/* LIVE, or LIVE_UNHEARD where copies stand on every worker and the client has sent nothing to this one: a copy that was
+ * claimed, or one of NAT, where what the real server sends may come to another worker than what the client sends, and
+ * makes the copy there live. That worker may be without a copy (DPVS's redirect table takes the packet to the session),
+ * the client's may not. A packet of the client leaves its traces in the Ethernet address of the way back or in the next
+ * hop: 1.10.2, src/ipvs/ip_vs_xmit.c: dp_vs_save_xmit_info, dp_vs_conn_cache_rt. */
 static uint8_t live_code(void *conn, const struct agent_record *r)
 {
 	static const uint8_t nothing[16];
 
-	if (r->fwdmode != FWD_NAT || memcmp(AT(conn, dp_vs_conn, out_dmac), nothing, 6) != 0 ||
+	if (!without_owner(r) || memcmp(AT(conn, dp_vs_conn, out_dmac), nothing, MAC) != 0 ||
 	    !address_equal(r->af_out, AT(conn, dp_vs_conn, in_nexthop), nothing))
 		return CODE_LIVE;
-	return CODE_LIVE_ANSWERS;
+	return CODE_LIVE_UNHEARD;
 }
 
 static void *find(const struct agent_record *r, int *direction)
@@ -119,10 +132,10 @@ static void fill(void *conn, const struct agent_record *r)
 	put8(AT(conn, dp_vs_conn, wscale_rs), r->wscale_rs);
 	put8(AT(conn, dp_vs_conn, pp_version), r->pp_version);
 	put8(AT(conn, dp_vs_conn, pp_sent), r->pp_sent);
-	put16(AT(conn, dp_vs_conn, state), r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NONE);
-	put16(AT(conn, dp_vs_conn, old_state), r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NONE);
+	put16(AT(conn, dp_vs_conn, state), waiting_state(r->proto));
+	put16(AT(conn, dp_vs_conn, old_state), waiting_state(r->proto));
 	/* after dp_vs_conn_new: with SYNPROXY among its arguments it would parse a packet that is not there */
-	flags = (flags & ~F_SYNPROXY) | (r->flags & F_SYNPROXY) | F_INACTIVE;
+	flags = (flags & ~(F_SYNPROXY | F_QUIESCENT)) | (r->flags & (F_SYNPROXY | F_QUIESCENT)) | F_INACTIVE;
 	put16(AT(conn, dp_vs_conn, flags), flags);
 	timeout->tv_sec = r->timeout_ms / 1000 ? r->timeout_ms / 1000 : 1;
 	timeout->tv_usec = 0;
@@ -264,8 +277,7 @@ static uint8_t create(const struct agent_record *r, unsigned lcore)
 {
 	static __thread uint64_t packet[64], iph[8], param[8]; /* never parsed for these modes with ct_dport set */
 	struct steering steering;
-	void *svc, *dest, *laddr = NULL, *conn;
-	unsigned limit;
+	void *svc, *dest, *laddr = NULL, *conn, *template;
 	uint8_t code;
 
 	svc = dpvs.dp_vs_service_lookup(r->af, r->proto, r->vaddr, r->vport, 0, NULL, NULL, (uint8_t)lcore);
@@ -281,8 +293,7 @@ static uint8_t create(const struct agent_record *r, unsigned lcore)
 		return poison("a real server is not laid out as expected");
 	if (get32(AT(dest, dp_vs_dest, fwdmode)) != r->fwdmode)
 		return CODE_MODE_MISMATCH;
-	limit = get32(AT(dest, dp_vs_dest, max_conn));
-	if (limit && get32(AT(dest, dp_vs_dest, actconns)) + get32(AT(dest, dp_vs_dest, inactconns)) >= limit)
+	if (is_full(dest))
 		return CODE_OVERLOAD;
 
 	put32(AT(param, dp_vs_conn_param, af), r->af);
@@ -296,11 +307,15 @@ static uint8_t create(const struct agent_record *r, unsigned lcore)
 		code = steer(&steering, svc, r, &laddr);
 		if (code)
 			return code;
+		template = template_for(r, svc, dest);
 		conn = dpvs.dp_vs_conn_new(packet, iph, param, dest, F_INJECTED);
 		release(&steering);
 	} else {
+		template = template_for(r, svc, dest);
 		conn = dpvs.dp_vs_conn_new(packet, iph, param, dest, F_INJECTED);
 	}
+	if (template)
+		tie(conn, template);
 	if (!conn)
 		return CODE_NO_MEMORY;
 	if (!same_local_side(conn, r) || getp(AT(conn, dp_vs_conn, dest)) != dest ||
@@ -374,7 +389,7 @@ uint8_t look_at_session(const struct agent_record *r)
 	return code;
 }
 
-uint8_t withdraw_session(const struct agent_record *r, bool answers)
+uint8_t withdraw_session(const struct agent_record *r, bool unheard)
 {
 	uint8_t code;
 	void *conn = find_own(r, &code);
@@ -382,7 +397,7 @@ uint8_t withdraw_session(const struct agent_record *r, bool answers)
 	if (!conn)
 		return code;
 	code = is_live(conn) ? live_code(conn, r) : CODE_WAITING;
-	if (code == CODE_LIVE || (code == CODE_LIVE_ANSWERS && !answers)) {
+	if (code == CODE_LIVE || (code == CODE_LIVE_UNHEARD && !unheard)) {
 		dpvs.dp_vs_conn_put_no_reset(conn);
 		return code;
 	}
@@ -405,7 +420,7 @@ uint8_t merge_codes(uint64_t seen)
 {
 	uint64_t failed = seen >> CODE_NO_SERVICE << CODE_NO_SERVICE;
 
-	if (seen & (1ull << CODE_LIVE | 1ull << CODE_LIVE_ANSWERS))
+	if (seen & (1ull << CODE_LIVE | 1ull << CODE_LIVE_UNHEARD))
 		return CODE_LIVE;
 	if (failed) /* the worst: what will never work before what may */
 		return (uint8_t)(63 - __builtin_clzll(failed));
@@ -420,6 +435,18 @@ uint8_t merge_codes(uint64_t seen)
 	if (seen & 1ull << CODE_CREATED)
 		return CODE_CREATED;
 	return seen & 1ull << CODE_DELETED ? CODE_DELETED : CODE_ABSENT;
+}
+
+/* What a session has learned of its ways: DPVS learns it again with its next packets (1.10.2, src/ipvs/ip_vs_xmit.c), by
+ * then the neighbours may be others, and traces of the client that are older than that would say that it is here. */
+static void forget_ways(void *conn)
+{
+	memset(AT(conn, dp_vs_conn, in_smac), 0, MAC);
+	memset(AT(conn, dp_vs_conn, in_dmac), 0, MAC);
+	memset(AT(conn, dp_vs_conn, out_smac), 0, MAC);
+	memset(AT(conn, dp_vs_conn, out_dmac), 0, MAC);
+	memset(AT(conn, dp_vs_conn, in_nexthop), 0, 16);
+	memset(AT(conn, dp_vs_conn, out_nexthop), 0, 16);
 }
 
 /* Another node has the packets of this session now: what stands here becomes a copy that waits. It ends in silence, and
@@ -458,8 +485,9 @@ uint8_t yield_session(const struct agent_record *r)
 	}
 	/* flags first: who reads this memory meanwhile sees a session that was carried on, and not one that is opening */
 	put16(AT(conn, dp_vs_conn, flags), flags | F_INACTIVE | F_INJECTED);
-	put16(AT(conn, dp_vs_conn, state), r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NONE);
-	put16(AT(conn, dp_vs_conn, old_state), r->proto == IPPROTO_TCP ? TCP_SYNACK : UDP_NONE);
+	put16(AT(conn, dp_vs_conn, state), waiting_state(r->proto));
+	put16(AT(conn, dp_vs_conn, old_state), waiting_state(r->proto));
+	forget_ways(conn);
 	timeout = AT(conn, dp_vs_conn, timeout);
 	timeout->tv_sec = r->timeout_ms / 1000 ? r->timeout_ms / 1000 : 1;
 	timeout->tv_usec = 0;
@@ -473,7 +501,7 @@ uint8_t claim_session(const struct agent_record *r)
 {
 	int direction;
 	void *conn = find(r, &direction), *dest;
-	uint16_t flags, state = r->proto == IPPROTO_TCP ? r->state : UDP_NORMAL;
+	uint16_t flags, state = r->proto == IPPROTO_UDP ? UDP_NORMAL : r->state;
 	uint8_t code = CODE_LIVE;
 
 	if (!conn)
@@ -483,7 +511,7 @@ uint8_t claim_session(const struct agent_record *r)
 	if (direction != 0 || !dest || !(flags & F_INJECTED) || !same_local_side(conn, r)) {
 		code = CODE_FOREIGN;
 	} else if (!is_live(conn)) {
-		if (r->proto == IPPROTO_TCP && state == TCP_ESTABLISHED && (flags & F_INACTIVE)) {
+		if (counts_as_active(r->proto, state) && (flags & F_INACTIVE)) {
 			/* as where DPVS enters ESTABLISHED: 1.10.2, src/ipvs/ip_vs_proto_tcp.c: tcp_state_trans */
 			__atomic_fetch_add((uint32_t *)AT(dest, dp_vs_dest, actconns), 1, __ATOMIC_SEQ_CST);
 			__atomic_fetch_sub((uint32_t *)AT(dest, dp_vs_dest, inactconns), 1, __ATOMIC_SEQ_CST);

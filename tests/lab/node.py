@@ -31,7 +31,7 @@ from tests.lab.services import Service
 ROOT = Path(__file__).resolve().parents[2]
 CONTROL_S = 30.0  # polling nodes may share a CPU
 LAYOUT = "1.10.2"
-PROTOCOLS = {6: "tcp", 17: "udp"}
+PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
 SessionTuple = tuple[str, str, str, str, str]  # protocol, client, virtual, local, real server, each "address:port"
 COMMAND = Path(sys.executable).parent / "dpvs-probe"
 
@@ -75,8 +75,9 @@ class Settings:
     udp_timeout_s: int = 300
     udp_oneway_s: int = 60
     kinds: tuple[str, ...] = ()  # of services beyond those that every pair has: tests.lab.services.KINDS
+    sctp: bool = False  # services of it too; not on the twin
     synproxy: bool = False  # FullNAT TCP services have one; not on the twin
-    persistent_s: int = 0  # clients stay with their real server for so long; not on the twin
+    persistent_s: int = 0  # clients stay with their real server for so long
     port_pools: int = 1  # the ports of a local address, divided by the real server
     pool: int = 65536
     memory_mib: int = 256

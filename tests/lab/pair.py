@@ -119,7 +119,7 @@ class Pair:
                 raise LabError(f"unwrap ended:\n{unwrap.tail()}")
 
     def services(self) -> list[Service]:
-        return services(self.plan, self.settings.kinds)
+        return services(self.plan, self.settings.kinds, sctp=self.settings.sctp)
 
     # -- what an operator, or fate, does ----------------------------------------------------------------------------
     def active(self, name: str) -> None:

@@ -11,8 +11,9 @@ from tests.lab.node import Counters, Node, RealServer
 from tests.lab.process import LabError
 from tests.lab.services import Service, endpoint
 
+PROTOCOL = {"tcp": "-t", "udp": "-u", "sctp": "--sctp-service"}
 MODES = {"fnat": "-b", "dr": "-g", "nat": "-m", "tunnel": "-i"}
-_SERVICE = re.compile(r"^(TCP|UDP)\s+(\S+)")
+_SERVICE = re.compile(r"^(TCP|UDP|SCTP)\s+(\S+)")
 _SERVER = re.compile(r"^\s+->\s+(\S+)\s+\S+\s+-?\d+\s+(\d+)\s+(\d+)")
 _PORTS = re.compile(r"\bsa_used (\d+)")
 
@@ -60,7 +61,7 @@ class RealNode(Node):
         for address in dict.fromkeys(service.address for service in services):
             self.add_address(f"{address}/{128 if ':' in address else 32}")
         for service in services:
-            key = ("-t" if service.proto == "tcp" else "-u", service.key)
+            key = (PROTOCOL[service.proto], service.key)
             proxy = (
                 ("-j", "enable") if self.settings.synproxy and service.proto == "tcp" and service.mode == "fnat" else ()
             )
@@ -72,7 +73,7 @@ class RealNode(Node):
                 self.tool("ipvsadm", "--add-laddr", "-z", local, *key, "-F", DEVICE)
 
     def limit(self, service: Service, connections: int) -> None:
-        key = ("-t" if service.proto == "tcp" else "-u", service.key)
+        key = (PROTOCOL[service.proto], service.key)
         for server in service.servers:
             where = endpoint(server, service.port)
             self.tool("ipvsadm", "-e", *key, "-r", where, MODES[service.mode], "-w", "1", "-x", str(connections))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What nodes offer: the services that every pair has, and those of each further kind that a test asks for by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.lab.net import Plan
 
@@ -12,7 +12,7 @@ ECHO, HTTP, DATAGRAM = 7, 80, 53
 class Service:
     """One virtual service."""
 
-    proto: str  # tcp, udp
+    proto: str  # tcp, udp, sctp
     address: str
     port: int
     servers: tuple[str, ...]
@@ -65,7 +65,16 @@ def of_kind(plan: Plan, kind: str) -> list[Service]:
     ]
 
 
-def services(plan: Plan, kinds: tuple[str, ...]) -> list[Service]:
+def of_sctp(plan: Plan) -> list[Service]:
+    """Echo over SCTP in three modes."""
+    found = []
+    for kind in ("fnat", "nat", "dr"):
+        echo = of_kind(plan, kind)[0]
+        found.append(replace(echo, proto="sctp"))
+    return found
+
+
+def services(plan: Plan, kinds: tuple[str, ...], *, sctp: bool = False) -> list[Service]:
     """The services of every pair, and those of ``kinds``."""
     servers, local = tuple(plan.servers), tuple(plan.local_addresses)
     found = [
@@ -77,4 +86,4 @@ def services(plan: Plan, kinds: tuple[str, ...]) -> list[Service]:
     ]
     for kind in kinds:
         found += [service for service in of_kind(plan, kind) if service not in found]
-    return found
+    return found + (of_sctp(plan) if sctp else [])

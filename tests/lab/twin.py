@@ -67,8 +67,8 @@ class TwinNode(Node):
         return reply
 
     def configure(self, services: list[Service]) -> None:
-        if self.settings.synproxy or self.settings.persistent_s:
-            raise LabError("the twin has no SYN proxy and no persistence")
+        if self.settings.synproxy or self.settings.sctp:
+            raise LabError("the twin has no SYN proxy and no SCTP")
         for prefix in self.plan.node_prefixes(self.name):
             self.tell(f"addr add {prefix}")
         for address in dict.fromkeys(service.address for service in services):
@@ -76,6 +76,8 @@ class TwinNode(Node):
         for service in services:
             key = f"{service.proto} {service.key}"
             self.tell(f"service add {key} sched rr")
+            if self.settings.persistent_s:
+                self.tell(f"service persist {key} {self.settings.persistent_s}")
             for server in service.servers:
                 self.tell(f"dest add {key} {endpoint(server, service.port)} {service.mode}")
             for local in service.local_addresses:

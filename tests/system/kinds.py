@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from collector.record import AF_INET6, DR, NAT, ONE_PACKET, SCTP, SNAT, UDP, UDP_NORMAL
+from collector.record import AF_INET6, DR, NAT, ONE_PACKET, SNAT, UDP, UDP_NORMAL
 from probes.agent import abi
 from probes.agent.client import AgentClient, Door
 from probes.target import Target
@@ -95,7 +95,6 @@ def refused(pair: Pair, node: Node) -> dict[str, str]:
     """What the agent answers to sessions that no DPVS could carry on from a record alone, by name."""
     wrong: dict[str, dict[str, int]] = {
         "SNAT": {"fwdmode": SNAT},
-        "SCTP": {"proto": SCTP},
         "one-packet UDP": {"proto": UDP, "state": UDP_NORMAL, "flags": ONE_PACKET},
         "IPv4 to IPv6": {"af_out": AF_INET6},
         "direct routing, IPv6 to IPv4": {"af": AF_INET6, "fwdmode": DR},

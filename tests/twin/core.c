@@ -43,18 +43,54 @@ struct dp_vs_conn *proto_lookup(const struct dp_vs_iphdr *iph, struct rte_mbuf *
     return NULL;
 }
 
+/* The template of a client, which ties it to its server for as long as it comes back in time; made if there is none. */
+static struct dp_vs_conn *template_of(struct dp_vs_service *svc, const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf)
+{
+    union inet_addr client = iph->saddr, vaddr = iph->daddr;
+    struct dp_vs_conn_param param = {.af = iph->af, .proto = iph->proto, .caddr = &client, .vaddr = &vaddr};
+    struct dp_vs_conn *ct;
+    struct dp_vs_dest *dest;
+
+    if (iph->af == AF_INET)
+        client.in.s_addr &= svc->netmask;
+    else
+        for (uint32_t bit = svc->netmask; bit < 128; bit++)
+            client.in6.s6_addr[bit / 8] &= (uint8_t)~(0x80 >> bit % 8);
+    ct = dp_vs_ct_in_get(iph->af, iph->proto, &client, &vaddr, 0, svc->port);
+    if (ct && ct->dest->flags & DPVS_DEST_F_AVAILABLE)
+        return ct;
+    if (ct)
+        dp_vs_conn_put_no_reset(ct); /* DPVS takes it out of use; here it stands until its time is over */
+    dest = svc->scheduler->schedule(svc, mbuf, iph);
+    if (!dest) {
+        LOG(INFO, "%s: no dest found.\n", __func__);
+        return NULL;
+    }
+    param.vport = svc->port;
+    ct = dp_vs_conn_new(mbuf, iph, &param, dest, DPVS_CONN_F_TEMPLATE);
+    if (ct)
+        ct->timeout.tv_sec = svc->timeout;
+    return ct;
+}
+
 /* Choose a server and make the session. */
 struct dp_vs_conn *dp_vs_schedule(struct dp_vs_service *svc, const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf,
                                   bool is_synproxy_on __rte_unused)
 {
     const uint16_t *ports = mbuf_header(mbuf, iph->len, 4);
     struct dp_vs_conn_param param = {.af = iph->af, .proto = iph->proto, .caddr = &iph->saddr, .vaddr = &iph->daddr};
+    struct dp_vs_conn *conn, *ct = NULL;
     struct dp_vs_dest *dest;
-    struct dp_vs_conn *conn;
 
     if (!ports)
         return NULL;
-    dest = svc->scheduler->schedule(svc, mbuf, iph);
+    if (svc->flags & DP_VS_SVC_F_PERSISTENT) {
+        ct = template_of(svc, iph, mbuf);
+        if (!ct)
+            return NULL;
+        param.ct_dport = ct->dest->port;
+    }
+    dest = ct ? ct->dest : svc->scheduler->schedule(svc, mbuf, iph);
     if (!dest) {
         LOG(INFO, "%s: no dest found.\n", __func__);
         return NULL;
@@ -62,6 +98,12 @@ struct dp_vs_conn *dp_vs_schedule(struct dp_vs_service *svc, const struct dp_vs_
     param.cport = ports[0];
     param.vport = ports[1];
     conn = dp_vs_conn_new(mbuf, iph, &param, dest, 0);
+    if (conn && ct) {
+        conn->control = ct;
+        rte_atomic32_inc(&ct->n_control);
+    }
+    if (ct)
+        dp_vs_conn_put(ct);
     if (conn) {
         dest->stats.conns++;
         svc->stats.conns++;

@@ -66,7 +66,7 @@ int service_add(int af, int proto, const union inet_addr *vip, uint16_t port, co
     svc->proto = (uint8_t)proto;
     svc->port = port;
     svc->addr = *vip;
-    svc->netmask = 0xffffffff;
+    svc->netmask = af == AF_INET ? 0xffffffff : 128; /* of an IPv6 client, the length of a prefix */
     rte_atomic32_set(&svc->refcnt, 1);
     INIT_LIST_HEAD(&svc->dests);
     INIT_LIST_HEAD(&svc->laddr_list);

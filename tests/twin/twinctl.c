@@ -30,6 +30,7 @@ enum op {
     LADDR_ADD,
     LADDR_DEL,
     TIMEOUT,
+    PERSIST,
     SYNTHESIZE,
     FLUSH,
     SEED,
@@ -82,6 +83,10 @@ static int on_service(const struct command *c)
         return dp_vs_laddr_add(svc, c->addr_af, &c->addr, twin_port->name);
     case LADDR_DEL:
         return dp_vs_laddr_del(svc, c->addr_af, &c->addr);
+    case PERSIST:
+        svc->timeout = c->number;
+        svc->flags = c->number ? svc->flags | DP_VS_SVC_F_PERSISTENT : svc->flags & ~(unsigned)DP_VS_SVC_F_PERSISTENT;
+        return EDPVS_OK;
     default: /* TIMEOUT */
         svc->conn_timeout = c->number;
         return EDPVS_OK;
@@ -329,7 +334,7 @@ static bool parse_pair(char **words, int n, struct command *c)
         {"addr", "add", ADDR_ADD, 3},       {"addr", "del", ADDR_DEL, 3},   {"service", "add", SERVICE_ADD, 4},
         {"service", "del", SERVICE_DEL, 4}, {"dest", "add", DEST_ADD, 6},   {"dest", "edit", DEST_EDIT, 6},
         {"dest", "del", DEST_DEL, 5},       {"laddr", "add", LADDR_ADD, 5}, {"laddr", "del", LADDR_DEL, 5},
-        {"service", "timeout", TIMEOUT, 5},
+        {"service", "timeout", TIMEOUT, 5}, {"service", "persist", PERSIST, 5},
     };
     size_t i = 0;
 
@@ -353,6 +358,7 @@ static bool parse_pair(char **words, int n, struct command *c)
         snprintf(c->sched, sizeof(c->sched), "%s", value_of("sched", words, n, "rr"));
         return true;
     case TIMEOUT:
+    case PERSIST:
         c->number = (uint32_t)strtoul(words[4], NULL, 10);
         return true;
     case DEST_ADD:

@@ -650,7 +650,7 @@ class Cluster:
 def _new_row(rng: random.Random) -> Records:
     row = pick(_POOL, np.array([rng.randrange(CLIENTS)]))
     if rng.random() < 0.1:
-        row["flags"] |= record.TEMPLATE  # not for peers
+        row["flags"] |= record.ONE_PACKET  # not for peers
     return row
 
 

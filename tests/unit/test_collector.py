@@ -92,22 +92,20 @@ def test_one_packet_sessions_do_not_get_in(node: Node) -> None:
     assert node.collector.counters["one_packet"] == 1
 
 
-def test_templates_are_shown_and_not_shared(node: Node) -> None:
+def test_a_session_in_a_template_s_place_is_another_one(node: Node) -> None:
     node.dpvs.create(3, 7, flags=record.TEMPLATE)
     node.tick()
     assert node.table.count == 1
-    assert not node.table.shared[3]
-    assert node.taken() == []
-    node.dpvs.free(3)
-    node.dpvs.create(3, 8)
-    node.tick()
     assert node.table.shared[3]
     assert node.taken() == [3]
     node.dpvs.free(3)
-    node.dpvs.create(3, 8, flags=record.TEMPLATE)
+    node.dpvs.create(3, 7)
     node.tick()
-    assert not node.table.shared[3]
-    assert node.taken() == [3]  # peers hear that the session before it is gone
+    assert node.taken() == [3]
+    assert node.table.generation[3] == 2
+    node.dpvs.free(3)
+    node.tick()
+    assert (node.table.count, node.taken()) == (0, [3])
 
 
 def test_came_and_went_between_two_ticks(node: Node) -> None:

@@ -20,10 +20,13 @@ from collector.record import (
     FNAT,
     INJECTED,
     NAT,
+    ONE_PACKET,
     RECORD,
+    SCTP,
     SNAT,
     SYN_RECV,
     TCP,
+    TEMPLATE,
     TIME_WAIT,
     TUNNEL,
     UDP,
@@ -103,6 +106,7 @@ class FakeAgent:
         self.delay = 1
         self.largest = 0
         self.max_records = MAX_RECORDS
+        self.stuck: set[int] = set()  # on one of several workers
         self.crowded = True  # look whether a local port is taken
 
     def submit(self, ops: npt.NDArray[np.uint8], records: Records) -> int:
@@ -123,6 +127,8 @@ class FakeAgent:
     def _one(self, op: int, record: Any) -> Code:
         client, local = int(record["cport"]), int(record["lport"])
         self.log.append((op, client))
+        if client in self.stuck:
+            return Code.BUSY
         if op == RecordOp.YIELD:
             if client not in self.foreign | self.live:
                 return Code.ABSENT
@@ -211,7 +217,8 @@ def test_udp_once_a_packet_was_seen(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("fwdmode", SNAT), ("fwdmode", 255), ("af", 1), ("af_out", AF_INET6), ("proto", 132)]
+    ("field", "value"),
+    [("fwdmode", SNAT), ("fwdmode", 255), ("af", 1), ("af_out", AF_INET6), ("proto", 50), ("flags", ONE_PACKET)],
 )
 def test_what_no_agent_takes_is_not_sent(world: World, field: str, value: int) -> None:
     world.replica.put(3, 1000, 2000)
@@ -230,28 +237,85 @@ def test_the_modes_and_families_that_dpvs_carries(mode: int, families: tuple[int
     assert injectable(records).tolist() == [wanted]
 
 
-@pytest.mark.parametrize(("mode", "again"), [(DR, False), (NAT, True)])
-def test_without_its_owner_what_may_stand_on_several_workers_is_looked_at(world: World, mode: int, again: bool) -> None:
+def test_sctp_once_it_is_open(world: World) -> None:
+    for mode, state, wanted in (
+        (FNAT, 2, False), (FNAT, 7, False), (FNAT, 8, True), (FNAT, 11, True), (FNAT, 13, False), (DR, 2, True),
+        (NAT, 2, False), (TUNNEL, 2, True), (TUNNEL, 1, False),
+    ):  # fmt: skip
+        world.replica.put(3, 1000, 2000, state, SCTP)
+        world.replica.records["fwdmode"][3] = mode
+        world.run()
+        assert (1000 in world.agent.sessions) is wanted
+
+
+def test_templates_are_put_in_and_those_out_of_use_are_not(world: World) -> None:
+    world.replica.put(3, 0, 0, state=0)
+    world.replica.records["flags"][3], world.replica.records["dport"][3] = TEMPLATE, 0
+    world.run()
+    assert world.agent.log == [(RecordOp.UPSERT, 0)]
+    world.replica.records["dport"][3] = 0xFFFF
+    world.replica.pending.mark(np.array([3]))
+    world.run()
+    assert world.agent.log == [(RecordOp.UPSERT, 0), (RecordOp.DELETE, 0)]
+
+
+@pytest.mark.parametrize("mode", [DR, NAT])
+def test_without_its_owner_what_may_stand_on_several_workers_is_looked_at(world: World, mode: int) -> None:
     world.replica.put(3, 1000, 2000)
     world.replica.put(4, 1001, 1001)
-    world.replica.records["fwdmode"][4] = mode
+    world.replica.put(5, 0, 0, state=0)  # a template stands once, on any of them
+    world.replica.records["flags"][5], world.replica.records["dport"][5] = TEMPLATE, 0
+    world.replica.records["fwdmode"][4:6] = mode
     world.run()
     world.replica.link_up = False
     world.agent.log.clear()
     world.run(ticks=12, step_ns=SECOND)
     assert set(world.agent.log) == {(RecordOp.CHECK, 1001)}
     assert world.injector.codes(world.replica)[4] == Code.WAITING
+    world.agent.stuck.add(1001)  # it is live on one worker, and could not be taken from another
+    world.run(ticks=12, step_ns=SECOND)
+    assert world.injector.codes(world.replica)[4] == Code.BUSY
+    world.agent.stuck.clear()
+    world.agent.live.add(1001)
+    world.agent.log.clear()
+    world.run(ticks=12, step_ns=SECOND)
+    assert set(world.agent.log) == {(RecordOp.CHECK, 1001)}
+    assert world.injector.codes(world.replica)[4] == Code.LIVE
+    assert world.injector.installed() == 3
+    world.agent.log.clear()
+    world.run(ticks=12, step_ns=SECOND)
+    assert world.agent.log == []
+
+
+def test_a_copy_that_is_busy_on_one_worker_is_not_forgotten(world: World) -> None:
+    world.replica.put(4, 1001, 1001)
+    world.replica.records["fwdmode"][4] = DR
+    world.run()
+    world.agent.stuck.add(1001)
+    world.replica.records["timeout_ms"][4] += 1
+    world.replica.pending.mark(np.array([4]))
+    world.run()
+    assert (world.injector.codes(world.replica)[4], world.injector.installed()) == (Code.BUSY, 1)
+    world.replica.link_up = False
+    world.agent.stuck.clear()
     world.agent.live.add(1001)
     world.run(ticks=12, step_ns=SECOND)
     assert world.injector.codes(world.replica)[4] == Code.LIVE
-    assert world.injector.installed() == 2
+
+
+def test_what_there_was_no_room_to_refresh_is_owed(world: World) -> None:
+    for slot in range(SLOTS):
+        world.replica.put(slot, 1000 + slot, 2000 + slot)
+    world.run()
     world.agent.log.clear()
-    world.run(ticks=12, step_ns=SECOND)
-    assert bool(world.agent.log) is again
-    world.agent.live.clear()
-    del world.agent.sessions[1001]
-    world.run(ticks=12, step_ns=SECOND)
-    assert world.injector.installed() == (1 if again else 2)
+    world.agent.delay = 1 << 30  # nothing is answered any more
+    world.run(ticks=300, step_ns=50_000_000)
+    held = len(world.agent.log)
+    assert 0 < held < SLOTS
+    world.agent.answers = {number: (0, codes) for number, (_, codes) in world.agent.answers.items()}
+    world.agent.delay = 0
+    world.run(ticks=3, step_ns=50_000_000)
+    assert len(world.agent.log) >= SLOTS
 
 
 def test_a_copy_goes_when_its_connection_closes_and_comes_back_when_the_port_is_used_again(world: World) -> None:
@@ -599,6 +663,18 @@ class TestInheritance:
         assert w.agent.live == set(range(5))
         w.run(5, step_ns=20 * SECOND)
         assert len(w.agent.log) == 5
+
+    def test_and_is_claimed_later_where_that_cannot_be_now(self) -> None:
+        w, _ = self.returned(2)
+        w.agent.stuck = {3}
+        w.run()
+        assert w.agent.live == {0, 1, 2, 4}
+        w.agent.log.clear()
+        w.run(5, step_ns=SECOND)
+        assert len(w.agent.log) < 4, "not all the time"
+        w.agent.stuck.clear()
+        w.run(5, step_ns=5 * SECOND)
+        assert w.agent.live == set(range(5))
 
     def test_not_when_only_the_probe_was_started_anew(self) -> None:
         w, _ = self.returned(1)

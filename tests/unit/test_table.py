@@ -103,11 +103,11 @@ def test_generation_0_is_never_used() -> None:
     assert t.generation[0] == 1
 
 
-def test_templates_are_not_shared() -> None:
+def test_sessions_of_one_packet_are_not_shared() -> None:
     t = SessionTable(4)
     dirty = t.add_peer("b")
     records = sessions(2)
-    records["flags"][1] |= record.TEMPLATE
+    records["flags"][1] |= record.ONE_PACKET
     put(t, records)
     assert dirty.take(9).tolist() == [0]
     assert t.shared.tolist() == [True, False, False, False]
@@ -156,9 +156,9 @@ def test_digest_is_of_what_peers_are_told() -> None:
     records = sessions(3)
     put(t, records)
     before = t.digest()
-    template = sessions(1, first=3)
-    template["flags"] |= record.TEMPLATE
-    put(t, template)
+    single = sessions(1, first=3)
+    single["flags"] |= record.ONE_PACKET
+    put(t, single)
     assert t.digest() == before == record.digest(t.sessions()[:3])
 
 

@@ -10,7 +10,7 @@ from probes.agent.abi import Code, RecordOp
 from probes.agent.client import AgentRefused
 from replicator.trial import Trial, TrialFailed
 
-UPSERT, DELETE = int(RecordOp.UPSERT), int(RecordOp.DELETE)
+UPSERT, DELETE, YIELD, CLAIM = (int(op) for op in (RecordOp.UPSERT, RecordOp.DELETE, RecordOp.YIELD, RecordOp.CLAIM))
 ADDRESS = 0x1234
 
 
@@ -38,10 +38,15 @@ class Dpvs:
             if op == DELETE:
                 codes.append(Code.LIVE if self.live else Code.BUSY if self.busy_delete else Code.DELETED)
                 self.sessions -= set() if self.live or self.busy_delete else {port}
+            elif op == CLAIM:
+                codes.append(Code.BUSY if trial else Code.LIVE)
             elif port in self.refused:
                 codes.append(Code.NO_SERVICE)
             elif trial and made:
                 codes.append(Code.BUSY)
+            elif op == YIELD:
+                codes.append(Code.YIELDED)
+                made = True
             else:
                 codes.append(Code.UPDATED if port in self.sessions else Code.CREATED)
                 self.sessions.add(port)
@@ -56,12 +61,15 @@ class Dpvs:
         return np.array(self._codes[request_id], np.uint8) if self._asked > self.late else None
 
     def tried(self, request_id: int) -> int:
-        return ADDRESS if {Code.CREATED, Code.UPDATED} & set(self._codes[request_id]) else 0
+        return ADDRESS if {Code.CREATED, Code.UPDATED, Code.YIELDED} & set(self._codes[request_id]) else 0
 
     def differences(self, address: int, record: Records) -> list[str]:
         assert address == ADDRESS
         self.seen.append(int(record["cport"][0]))
         return self.wrong
+
+    def restless(self, address: int, record: Records) -> list[str]:
+        return [f"it moves: {text}" for text in self.differences(address, record)]
 
     def remains(self, address: int, record: Records) -> list[str]:
         assert address == ADDRESS
@@ -116,6 +124,32 @@ def test_a_copy_of_an_earlier_attach_is_looked_at_and_stays() -> None:
     assert [kind for kind, _ in dpvs.requests] == ["trial", "batch"]
     assert dpvs.sessions == {7, 8}
     assert trial.passed
+
+
+def test_where_all_is_here_the_first_that_is_made_to_wait_is_the_trial() -> None:
+    dpvs = Dpvs()
+    trial = Trial(dpvs, dpvs)
+    assert trial.submit(np.array([YIELD, YIELD], np.uint8), records(1, 2)) == 2
+    assert dpvs.requests == [("trial", [Code.YIELDED, Code.BUSY]), ("batch", [Code.YIELDED, Code.YIELDED])]
+    assert (dpvs.seen, trial.passed) == ([1], True)
+
+
+def test_one_that_does_not_wait_refuses_everything() -> None:
+    dpvs = Dpvs()
+    dpvs.wrong = ["flags in memory is 0x100, not 0x8100"]
+    trial = Trial(dpvs, dpvs)
+    with pytest.raises(TrialFailed, match="it moves: flags"):
+        trial.submit(np.array([YIELD, YIELD], np.uint8), records(1, 2))
+    assert (len(dpvs.requests), trial.passed) == (1, False)
+
+
+def test_nothing_is_claimed_before_the_trial() -> None:
+    dpvs = Dpvs()
+    trial = Trial(dpvs, dpvs)
+    assert trial.submit(np.array([CLAIM], np.uint8), records(1)) == 1
+    assert not trial.passed
+    trial.submit(np.array([CLAIM, UPSERT], np.uint8), records(1, 2))
+    assert dpvs.requests[-1] == ("batch", [Code.LIVE, Code.CREATED])
 
 
 def test_one_whose_traffic_came_stays() -> None:
