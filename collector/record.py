@@ -110,7 +110,9 @@ def words(records: Records) -> Words:
 
 def pick(records: Records, which: Slots | Bools) -> Records:
     """``records[which]``, padding and all: plain indexing copies field by field and leaves rubbish between them."""
-    return words(records)[which].view(RECORD).reshape(-1)
+    rows = words(records)
+    chosen = rows[which] if which.dtype == np.bool_ else rows.take(which, axis=0)  # which is twice as fast
+    return chosen.view(RECORD).reshape(-1)
 
 
 def differences(old: Words, new: Words) -> tuple[Bools, Bools]:

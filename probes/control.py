@@ -93,15 +93,18 @@ class ControlSocket:
     # --- one request -------------------------------------------------------------------------------------------------
 
     def request(
-        self, kind: int, request_id: int, body: bytes, *, allow_set_conn_token: SetConnToken | None = None
+        self, kind: int, request_id: int, *body: bytes | memoryview, allow_set_conn_token: SetConnToken | None = None
     ) -> tuple[int, str, bytes]:
-        """Send one request, return (errcode, errstr, body of the reply). The only function that talks to the socket."""
+        """Send one request, its body given in parts, and return (errcode, errstr, body of the reply). The only function
+        that talks to the socket.
+        """
         if kind not in (GET, SET):
             raise ForbiddenRequest(f"control request of unknown type {kind}")
         if kind == SET and allow_set_conn_token is not SET_CONN_TOKEN:
             raise ForbiddenRequest(f"SET request {request_id} without proof that DPVS has a handler for it")
-        header = {"version": self.layout.sockopt_version, "id": request_id, "type": kind, "len": len(body)}
-        message = self._build("dpvs_sock_msg", **header) + body
+        size = sum(len(part) for part in body)
+        header = {"version": self.layout.sockopt_version, "id": request_id, "type": kind, "len": size}
+        message = b"".join((self._build("dpvs_sock_msg", **header), *body))
         try:
             with self._connect(len(message)) as connection:
                 connection.settimeout(self._reply_seconds)
@@ -121,9 +124,9 @@ class ControlSocket:
             raise ControlRefused(f"DPVS refused request {request_id}: {text or 'no reason'} ({code})", code)
         return data
 
-    def set(self, request_id: int, body: bytes, *, allow_set_conn_token: SetConnToken) -> int:
+    def set(self, request_id: int, *body: bytes | memoryview, allow_set_conn_token: SetConnToken) -> int:
         """errcode of a SET, 0 for success. See the module's rules."""
-        return self.request(SET, request_id, body, allow_set_conn_token=allow_set_conn_token)[0]
+        return self.request(SET, request_id, *body, allow_set_conn_token=allow_set_conn_token)[0]
 
     # --- what DPVS can tell ------------------------------------------------------------------------------------------
 

@@ -73,14 +73,33 @@ _TUPLE = np.full(_LAST - _FIRST, ~np.uint64(0), np.uint64)
 _TUPLE[0] = 0xFFFFFF  # af, af_out, proto
 _MODE_SHIFT, _FLAGS_SHIFT = np.uint64(24), np.uint64(48)  # in the first of these words
 
-_TCP_STATES, _UDP_STATES, _SCTP_STATES = (np.zeros(16, np.bool_) for _ in range(3))
-_TCP_STATES[[ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK]] = True
-_UDP_STATES[[UDP_ONEWAY, UDP_NORMAL]] = True
-_SCTP_STATES[SCTP_ESTABLISHED : SCTP_SHUTDOWN_ACK_SENT + 1] = True
-# [forwarding mode][families: IPv4, IPv6, IPv6 outside and IPv4 inside, none of these], as the agent has it
+# What may stand by, as tables for what is in the second word of a record: [protocol's row][state], and
+# [forwarding mode][families], as the agent has it.
+_OTHER, _TCP, _UDP, _SCTP = range(4)
+_ROWS = np.zeros(256, np.uint8)
+_ROWS[[TCP, UDP, SCTP]] = _TCP, _UDP, _SCTP
+_STATES = np.zeros((4, 16), np.bool_)
+_STATES[_TCP, [ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK]] = True
+_STATES[_UDP, [UDP_ONEWAY, UDP_NORMAL]] = True
+_STATES[_SCTP, SCTP_ESTABLISHED : SCTP_SHUTDOWN_ACK_SENT + 1] = True
+_FAMILIES = np.full(1 << 16, 3, np.uint8)  # by the client's side | the real server's side << 8
+for _number, (_outside, _inside) in enumerate(((AF_INET, AF_INET), (AF_INET6, AF_INET6), (AF_INET6, AF_INET))):
+    _FAMILIES[_outside | _inside << 8] = _number
 _KINDS = np.zeros((16, 4), np.bool_)
 _KINDS[[FNAT, TUNNEL], :3] = True
 _KINDS[[DR, NAT], :2] = True
+
+
+def _codes(*codes: abi.Code) -> Bools:
+    table = np.zeros(256, np.bool_)
+    table[list(codes)] = True
+    return table
+
+
+_HERE = _codes(abi.Code.CREATED, abi.Code.UPDATED, abi.Code.LIVE)
+_ENDED = _codes(abi.Code.DELETED, abi.Code.ABSENT, abi.Code.LIVE, abi.Code.FOREIGN)
+_NOT_HERE = _codes(abi.Code.ABSENT, abi.Code.FOREIGN)
+_DISPUTED = _codes(abi.Code.LIVE, abi.Code.FOREIGN)
 
 
 class Agent(Protocol):
@@ -126,25 +145,22 @@ def injectable(records: Records) -> Bools:
     """Which sessions may stand by here: TCP and SCTP with an open or closing connection behind it, UDP that has seen a
     packet, templates; in the modes and families that DPVS can carry. Not SNAT: its service is found by a packet alone.
     """
-    state = np.minimum(records["state"], 15)
-    tcp = (records["proto"] == TCP) & _TCP_STATES[state]
-    udp = (records["proto"] == UDP) & _UDP_STATES[state]
-    # Where the server's packets go past it, DPVS never learns that it is open (ip_vs_proto_sctp.c: sctp_states).
-    past = np.isin(records["fwdmode"], (DR, TUNNEL)) & (state == SCTP_INIT)
-    sctp = (records["proto"] == SCTP) & (_SCTP_STATES[state] | past)
-    template = (records["flags"] & TEMPLATE) != 0
-    # One that DPVS has put out of use has other ports (ip_vs_conn.c: dp_vs_check_template).
-    tie = template & (records["cport"] == 0) & (records["dport"] == 0)
-    plain = (records["flags"] & ONE_PACKET) == 0
-    outside, inside = records["af"], records["af_out"]
-    six = outside == AF_INET6
-    families = np.full(len(records), 3)
-    families[(outside == AF_INET) & (inside == AF_INET)] = 0
-    families[six & (inside == AF_INET6)] = 1
-    families[six & (inside == AF_INET)] = 2
-    fit: Bools = (
-        np.where(template, tie, tcp | udp | sctp) & plain & _KINDS[np.minimum(records["fwdmode"], 15), families]
-    )
+    rows = words(records)
+    head = rows[:, 1].copy()
+    state = np.minimum(head >> np.uint64(32) & np.uint64(0xFFFF), np.uint64(15))
+    mode = np.minimum(head >> _MODE_SHIFT & np.uint64(0xFF), np.uint64(15))
+    row = _ROWS[head >> np.uint64(16) & np.uint64(0xFF)]
+    flags = head >> _FLAGS_SHIFT
+    fit: Bools = _STATES[row, state]
+    if (row == _SCTP).any():
+        # Where the server's packets go past it, DPVS never learns that it is open (ip_vs_proto_sctp.c: sctp_states).
+        fit |= (row == _SCTP) & (state == SCTP_INIT) & ((mode == DR) | (mode == TUNNEL))
+    odd = flags & np.uint64(TEMPLATE | ONE_PACKET)
+    if odd.any():
+        # One that DPVS has put out of use has other ports (ip_vs_conn.c: dp_vs_check_template).
+        tie = (row != _OTHER) & (records["cport"] == 0) & (records["dport"] == 0)
+        fit = np.where(odd == TEMPLATE, tie, fit & (odd == 0))
+    fit &= _KINDS[mode, _FAMILIES[head & np.uint64(0xFFFF)]]
     return fit
 
 
@@ -426,12 +442,14 @@ class Injector:
         c.offer[slots] = False
         upsert = batch.ops == abi.RecordOp.UPSERT
         delete = batch.ops == abi.RecordOp.DELETE
-        gone = delete & np.isin(codes, (abi.Code.DELETED, abi.Code.ABSENT, abi.Code.LIVE, abi.Code.FOREIGN))
-        gone |= ~upsert & np.isin(codes, (abi.Code.ABSENT, abi.Code.FOREIGN))
+        gone = (delete & _ENDED[codes]) | (~upsert & _NOT_HERE[codes])
         new = ~c.has[slots]
         c.has[slots[gone]] = False
-        here = upsert & np.isin(codes, (abi.Code.CREATED, abi.Code.UPDATED, abi.Code.LIVE))
-        c.installed[slots[here]] = words(batch.records)[here, _FIRST:_LAST]
+        here = upsert & _HERE[codes]
+        if here.all():
+            c.installed[slots] = words(batch.records)[:, _FIRST:_LAST]
+        else:
+            c.installed[slots[here]] = words(batch.records)[here, _FIRST:_LAST]
         c.has[slots[here]] = True
         # Where a copy could not be taken back from every worker, what stood here may still stand on one.
         c.has[slots[upsert & ~here & (codes != abi.Code.BUSY)]] = False
@@ -447,7 +465,7 @@ class Injector:
         """What the answers say of sessions that two nodes have; ``new``: nothing stood here for this peer."""
         c, slots, node_id = batch.copies, batch.slots, batch.copies.replica.node_id
         upsert, give = batch.ops == abi.RecordOp.UPSERT, batch.ops == abi.RecordOp.YIELD
-        both = np.flatnonzero(upsert & np.isin(codes, (abi.Code.LIVE, abi.Code.FOREIGN)))
+        both = np.flatnonzero(upsert & _DISPUTED[codes])
         if len(both):
             verdict = ownership.contested(pick(batch.records, both), node_id)
             theirs = slots[both[verdict == THEIRS]]
@@ -480,13 +498,15 @@ class Injector:
         if c.strange:
             want = self._without_fnat(c, slots, records, want)
         c.offer[slots[~want]] = False
-        same = ~((words(records)[:, _FIRST:_LAST] ^ c.installed[slots]) & _TUPLE).any(axis=1)
+        same = c.has[slots]
+        if same.any():
+            same &= ~((words(records)[:, _FIRST:_LAST] ^ c.installed.take(slots, axis=0)) & _TUPLE).any(axis=1)
         delete = c.has[slots] & ~(want & same)
         give = np.zeros(len(slots), np.bool_)
         if self._ownership is not None:
-            give = self._contest(self._ownership, c, slots, records, c.has[slots] & same)
+            give = self._contest(self._ownership, c, slots, records, same)
             want &= ~give
-        claim = c.heir[slots] & want & same
+        claim = c.heir[slots] & want & same  # what is the same as the copy that stands here
         c.heir[slots] = False
         c.retry[slots[~want]] = False
         records["timeout_ms"] = np.maximum(records["timeout_ms"], MIN_COPY_TIMEOUT_MS)
@@ -494,7 +514,10 @@ class Injector:
         how = np.full(len(slots), abi.RecordOp.UPSERT, np.uint8)
         how[claim], how[give] = abi.RecordOp.CLAIM, abi.RecordOp.YIELD
         if not delete.any():
-            self._submit(c, slots[put], how[put], pick(records, put))
+            if put.all():
+                self._submit(c, slots, how, records)
+            else:
+                self._submit(c, slots[put], how[put], pick(records, put))
             return
         standing = self._standing(c, slots)
         if self._ownership is not None:
