@@ -131,13 +131,18 @@ def test_each_bad_record_gets_its_own_code(pair: Pair, hostile: Hostile) -> None
         (one(fwdmode=255), abi.Code.UNSUPPORTED),
         (one(fwdmode=3), abi.Code.BAD_RECORD),  # with a local address
         (one(fwdmode=3, laddr=packed(pair.plan.client), lport=20001), abi.Code.MODE_MISMATCH),
-        (one(proto=132), abi.Code.UNSUPPORTED),
+        (one(proto=132), abi.Code.NO_SERVICE),
+        (one(proto=132, state=14), abi.Code.BAD_RECORD),
+        (one(proto=50), abi.Code.UNSUPPORTED),
         (one(proto=17), abi.Code.NO_SERVICE),
         (one(proto=17, state=3), abi.Code.BAD_RECORD),
         (one(af=10), abi.Code.NO_SERVICE),  # IPv6 outside, IPv4 inside: there could be one
         (one(af_out=10), abi.Code.UNSUPPORTED),
         (one(af=1), abi.Code.UNSUPPORTED),
-        (one(flags=0x0400), abi.Code.UNSUPPORTED),
+        (one(flags=0x0400), abi.Code.BAD_RECORD),  # a template with ports
+        (one(flags=0x0400, cport=0, lport=0, dport=0), abi.Code.NO_SERVICE),  # none that ties its clients
+        (one(flags=0x0400, cport=0, lport=0, dport=0, vport=0), abi.Code.UNSUPPORTED),
+        (one(flags=0x0C00, cport=0, lport=0, dport=0), abi.Code.UNSUPPORTED),
         (one(flags=0x0800), abi.Code.UNSUPPORTED),
         (one(cport=0), abi.Code.BAD_RECORD),
         (one(lport=0), abi.Code.BAD_RECORD),

@@ -26,7 +26,9 @@ SETTINGS = Settings(kinds=tuple(KINDS), port_pools=2, udp_timeout_s=12, udp_onew
 REFUSED = "refused, `unsupported`"
 NEVER = ("SNAT", "one-packet UDP", "IPv4 to IPv6", "direct routing, IPv6 to IPv4", "NAT, IPv6 to IPv4")
 LIMIT, TOO_MANY = 5, 7  # connections of each real server: that the standby takes, that the active node has
-UPSERT, DELETE, CHECK = (int(op) for op in (abi.RecordOp.UPSERT, abi.RecordOp.DELETE, abi.RecordOp.CHECK))
+UPSERT, DELETE, CHECK, YIELD, CLAIM = (
+    int(abi.RecordOp[name]) for name in ("UPSERT", "DELETE", "CHECK", "YIELD", "CLAIM")
+)
 _played: dict[tuple[str, str], tuple[dict[Case, str], dict[str, str]]] = {}
 Play = Callable[[Settings], tuple[dict[Case, str], dict[str, str]]]
 
@@ -124,6 +126,11 @@ def test_one_worker_that_cannot_have_a_copy_speaks_for_all(pair: Pair) -> None:
     records["caddr"][0] = packed(own.getsockname()[0])
     records["cport"][0] = own.getsockname()[1]
     records["laddr"], records["lport"] = records["caddr"], records["cport"]
+
+    def copies() -> list[bytes]:
+        rows = pair.b.sessions()
+        return sorted(row["state"] for row in rows if row["cport"] == records["cport"][1])
+
     with Target.open(pair.b.pid) as target:
         door = Door.find(target)
         assert door is not None
@@ -132,6 +139,18 @@ def test_one_worker_that_cannot_have_a_copy_speaks_for_all(pair: Pair) -> None:
         assert len(pair.b.sessions()) == 1 + 2  # its own, and the other record's on two workers
         assert answers(client, CHECK, records).tolist() == [abi.Code.FOREIGN, abi.Code.WAITING]
         assert answers(client, UPSERT, records).tolist() == [abi.Code.FOREIGN, abi.Code.UPDATED]
+        # Nobody knows which of its copies will get the packets: one is claimed, and all stay.
+        assert answers(client, CLAIM, records[1:]).tolist() == [abi.Code.LIVE]
+        assert copies() == [b"SYNACK", b"TCP_EST"]
+        assert answers(client, CLAIM, records[1:]).tolist() == [abi.Code.LIVE]
+        assert answers(client, CHECK, records[1:]).tolist() == [abi.Code.WAITING]
+        assert answers(client, UPSERT, records[1:]).tolist() == [abi.Code.LIVE]
+        assert answers(client, DELETE, records[1:]).tolist() == [abi.Code.LIVE]
+        assert copies() == [b"SYNACK", b"TCP_EST"]
+        assert (pair.b.counters().active, pair.b.counters().inactive) == (2, 1)
+        assert answers(client, YIELD, records[1:]).tolist() == [abi.Code.YIELDED]
+        assert (pair.b.counters().active, pair.b.counters().inactive) == (1, 2)
+        assert copies() == [b"SYNACK", b"SYNACK"]
         assert answers(client, DELETE, records).tolist() == [abi.Code.FOREIGN, abi.Code.DELETED]
         assert answers(client, DELETE, records).tolist() == [abi.Code.FOREIGN, abi.Code.ABSENT]
     assert _answers(own)

@@ -10,12 +10,15 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
+from probes.agent.abi import Code, RecordOp
+from probes.agent.client import AgentClient, Door
 from probes.memory import SessionPool
 from probes.target import Target
 from tests.lab.backends import WHO
 from tests.lab.node import Attached, Node
 from tests.lab.pair import Pair
 from tests.lab.process import LabError, wait_for
+from tests.lab.records import answers, fnat_records
 from tests.lab.twin import TwinNode
 
 pytestmark = pytest.mark.needs("bpf", "agent")
@@ -239,12 +242,27 @@ def test_what_the_standby_drops_by_itself_comes_back(pair: Pair) -> None:
     assert steady.finish()["alive"] == CONNECTIONS
 
 
+def fill(pair: Pair) -> None:
+    """Idle connections of node a, as many as it is to have."""
+    if isinstance(pair.a, TwinNode):
+        pair.a.tell(f"synthesize {MANY} 0 600000")
+        return
+    records = fnat_records(pair.plan, MANY)  # put in, and declared to be what they look like
+    records["timeout_ms"] = 600_000
+    with Target.open(pair.a.pid) as target:
+        door = Door.find(target)
+        assert door is not None
+        client = AgentClient(target, pair.a.layout, pair.a.control, door)
+        for op, code in ((RecordOp.UPSERT, Code.CREATED), (RecordOp.CLAIM, Code.LIVE)):
+            assert set(answers(client, int(op), records).tolist()) == {code}
+
+
+@pytest.mark.dpvs
 @pytest.mark.pair(pool=POOL, established_timeout_s=600)
 def test_many(pair: Pair, record_property: Callable[[str, object], None]) -> None:
     """Idle connections and some that talk are taken over. DPVS_PROBE_FAILOVER_SESSIONS says how many are idle."""
-    assert isinstance(pair.a, TwinNode)
     pair.replicate(both=True)
-    pair.a.tell(f"synthesize {MANY} 0 600000")
+    fill(pair)
     steady = pair.steady(TALKING, interval=0.05)
     wait_for("copies of all in b", lambda: copies(pair.b) == MANY + TALKING, 120)
     killed = time.monotonic()

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from collector.record import AF_INET, AF_INET6, DR, FNAT, NAT, RECORD, TCP, TUNNEL, UDP
+from collector.record import AF_INET, AF_INET6, DR, FNAT, NAT, RECORD, TCP, TEMPLATE, TUNNEL, UDP
 from probes.agent import abi
 from probes.agent.client import AgentClient, Door
 from probes.target import Target
@@ -47,6 +47,10 @@ def nonsense(node: Node, requests: int) -> None:
             records = np.frombuffer(rng.randbytes(count * RECORD.itemsize), RECORD).copy()
             records["af"], records["af_out"] = rng.choice(FAMILIES)
             records["proto"], records["fwdmode"] = rng.choice((TCP, UDP)), rng.choice((NAT, TUNNEL, DR, FNAT))
+            templates = rng.randint(0, count)
+            for name in ("cport", "lport", "dport"):
+                records[name][:templates] = 0
+            records["flags"][:templates] |= TEMPLATE
             ops = np.frombuffer(rng.randbytes(count), np.uint8) % (max(abi.RecordOp) + 1)
             request = client.submit(ops.astype(np.uint8), records)
             wait_for("results", lambda request=request: client.results(request) is not None, 10)  # type: ignore[misc]
@@ -54,7 +58,7 @@ def nonsense(node: Node, requests: int) -> None:
         churn(client, fnat_records(node.plan, 40_600)[40_000:], 2, np.random.default_rng(7))  # ports nobody has yet
 
 
-@pytest.mark.pair(sanitized=True, workers=2, kinds=KINDS)
+@pytest.mark.pair(sanitized=True, workers=2, kinds=KINDS, persistent_s=20)
 def test_a_failover_with_churn_and_nonsense(pair: Pair) -> None:
     pair.replicate(both=True)
     others = [pair.connect(host=address(pair.plan, kind)) for kind in KINDS]
