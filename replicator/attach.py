@@ -35,6 +35,8 @@ from probes.memory import SessionPool, choose_layout
 from probes.proof import LayoutDisproved, Proof, prove
 from probes.sites import session_sites
 from probes.target import Target
+from replicator.discovery.discovery import Discovery
+from replicator.discovery.source import EtcdPlace, Myself, Place
 from replicator.inject import Injector
 from replicator.keyfiles import KeysMissing
 from replicator.keys import KEYS_DIRECTORY
@@ -48,9 +50,9 @@ from replicator.rundir import RunDir
 from replicator.seal import Party
 from replicator.sharing import Sharing
 from replicator.store.keeper import Keeper
-from replicator.transport.address import Address, resolve
-from replicator.transport.choose import Mode, Transport, Where
-from replicator.transport.interface import PEER_TIMEOUT_S
+from replicator.transport.address import Address, BadAddress, resolve
+from replicator.transport.choose import Mode, Transport, Where, parse
+from replicator.transport.interface import PEER_TIMEOUT_S, Dialer, Listener
 from replicator.transport.tls import Tls
 from replicator.trial import tried_first
 from replicator.wire import MAX_NAME, Hello, Role
@@ -64,6 +66,7 @@ XMIT_MODES = {
 }
 PROOF_TRIES = 3
 DAY_S = 86400.0
+EVERYWHERE = ("*", "0.0.0.0", "::")
 CLOCK = time.monotonic_ns
 
 log = logging.getLogger(__name__)
@@ -83,6 +86,8 @@ class Options:
     mode: Mode = Mode.TCP
     rdma_device: str | None = None
     peers: tuple[Where, ...] = ()
+    peers_from: tuple[Place, ...] = ()
+    advertise: Address | None = None  # where peers reach us, for those who look us up; None: where we listen
     listen: Where | None = None
     inject: bool = True
     policy: Policy = Policy.INJECT
@@ -253,22 +258,31 @@ class _Attachment:
                 agent, lambda: (*keeper.origins(), *replicas), ownership=ownership, promotion=promotion, workers=workers
             )  # fmt: skip
         keeper.begin(table, injector)
-        outbound = [
-            Outbound(dialer, Sender(table, table.add_peer(dialer.address), me, options.link), CLOCK)
-            for dialer in dialers
-        ]
-        replicated = options.replicas or len(outbound)
-        sharing = Sharing(table, outbound, replicated) if replicated < len(outbound) else None
+
+        def outbound_to(dialer: Dialer) -> Outbound:
+            return Outbound(dialer, Sender(table, table.add_peer(dialer.address), me, options.link), CLOCK)
+
+        outbound = [outbound_to(dialer) for dialer in dialers]
+        sharing: Sharing | None = None
+        if options.replicas and (options.peers_from or options.replicas < len(outbound)):
+            sharing = Sharing(table, outbound, options.replicas)
+        discovery: Discovery | None = None
+        if options.peers_from:
+            given = [dialer.address for dialer in dialers]
+            discovery = Discovery.of(options.peers_from, given, myself(name, options, listener))
         links = Links(
             outbound,
             replicas,
             listener=listener,
             make_receiver=lambda: Receiver(replicas, options.link, now_ns=CLOCK()),
             sharing=sharing,
+            discovery=discovery,
+            make_outbound=lambda address: outbound_to(transport.dialer(parse(options.mode, address))),
+            forget=table.remove_peer,
         )
         if listener is not None:
             log.info("listening for peers on %s", listener.address)
-        elif not dialers:
+        elif not dialers and discovery is None:
             log.info("neither --peer nor --listen: sessions are only watched")
         return Node(
             Parts(
@@ -295,7 +309,10 @@ class _Attachment:
                     "listen": listener.address if listener else None,
                     "links": str(transport),
                 },
-                more=lambda: _more(probes, governed, client),
+                more=lambda: {
+                    **_more(probes, governed, client),
+                    **({"membership": discovery.report()} if discovery is not None else {}),
+                },
             )
         )
 
@@ -341,7 +358,7 @@ def instance_of(target: Target) -> int:
 
 def credentials(options: Options) -> Tls | None:
     """The keys that links are made with; None without links, or for --insecure, said loudly. Raises KeysError."""
-    if not options.peers and options.listen is None:
+    if not options.peers and not options.peers_from and options.listen is None:
         return None
     if options.insecure:
         log.warning("--insecure: links are NOT PROTECTED, whoever reaches them can read and write sessions")
@@ -365,6 +382,23 @@ def node_name(given: str | None, tls: Tls | None = None) -> str:
     if not name or not name.isprintable() or len(name.encode(errors="replace")) > MAX_NAME or name == "own":
         raise BadNodeName(f"'{name}' cannot be a node's name")
     return name
+
+
+def myself(name: str, options: Options, listener: Listener | None) -> Myself:
+    """This node, as those have to know it who look it up. Raises BadAddress where that cannot be said."""
+    if listener is None:
+        return Myself(name, None, None)
+    port = int(listener.address.rpartition(":")[2])
+    if options.advertise is not None:
+        return Myself(name, str(options.advertise), port)
+    if isinstance(options.listen, Address) and options.listen.host not in EVERYWHERE:
+        return Myself(name, str(Address(options.listen.host, port)), port)
+    if any(isinstance(place, EtcdPlace) for place in options.peers_from):
+        raise BadAddress(
+            f"peers that find us in etcd cannot dial {options.listen}",
+            help_text="Give --advertise HOST:PORT, where peers reach this node.",
+        )
+    return Myself(name, None, port)
 
 
 def _say(probes: Probes) -> None:

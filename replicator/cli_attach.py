@@ -10,12 +10,22 @@ from replicator import render
 from replicator.console import log_to_stderr, run_dir_option, show, version
 from replicator.promotion import Policy
 from replicator.rundir import RunDir
+from replicator.transport.address import parse as parse_address
 from replicator.transport.choose import Mode, parse
 
 
 @click.command()
 @click.option("--pid", type=click.IntRange(min=1), required=True, help="Process id of the DPVS to attach to.")
 @click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", help="Send our sessions there; may be repeated.")
+@click.option(
+    "--peers-from", "peers_from", multiple=True, metavar="URL",
+    help="More peers, as they come and go: etcd://HOST:2379[,HOST:2379...]/PREFIX, where this node registers itself"
+    " too, or dns+srv://_dpvs-probe._tcp.NAME. May be repeated.",
+)  # fmt: skip
+@click.option(
+    "--advertise", metavar="HOST:PORT",
+    help="Where peers that look this node up reach it; the address of --listen by default.",
+)  # fmt: skip
 @click.option("--listen", metavar="HOST:PORT", help="Take peers' sessions here; *:PORT listens on all addresses.")
 @click.option(
     "--mode", type=click.Choice([mode.value for mode in Mode]), default=Mode.TCP.value, show_default=True,
@@ -105,6 +115,7 @@ def attach(**given: Any) -> int:
     Runs in the foreground. Exit status 3 means that the DPVS process ended.
     """
     from replicator.attach import Options, run
+    from replicator.discovery.source import parse as parse_source
     from replicator.engine import LinkSettings
 
     pages, peers, listen = given["ring_pages"], given["peers"], given["listen"]
@@ -119,11 +130,17 @@ def attach(**given: Any) -> int:
     if given["no_inject"] and Policy(given["policy"]) is Policy.PROMOTE:
         raise click.UsageError("--no-inject and --policy promote do not go together")
     mode = Mode(given["mode"])
+    if given["peers_from"] and mode is Mode.SHM:
+        raise click.UsageError("--peers-from and --mode shm do not go together")
+    if given["advertise"] and not (given["peers_from"] and listen):
+        raise click.UsageError("--advertise needs --peers-from and --listen")
     options = Options(
         pid=given["pid"],
         mode=mode,
         rdma_device=given["rdma_device"],
         peers=tuple(dict.fromkeys(parse(mode, peer) for peer in peers)),
+        peers_from=tuple(dict.fromkeys(parse_source(text) for text in given["peers_from"])),
+        advertise=parse_address(given["advertise"]) if given["advertise"] else None,
         listen=parse(mode, listen, listen=True) if listen else None,
         replicas=given["replicas"],
         link=LinkSettings(

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable
 
 from probes.errors import DpvsProbeError
 from replicator.admin import Line
+from replicator.discovery.discovery import Discovery
 from replicator.link import Down, Event, Receiver, Sender, Synced, Syncing, Up
+from replicator.membership import GIVEN
 from replicator.replica import Replica, Replicas
 from replicator.sharing import Sharing
 from replicator.transport.interface import Backoff, Connection, Dialer, LinkLost, Listener, Loss, PeerUnreachable
@@ -323,12 +325,19 @@ class Links:
         listener: Listener | None = None,
         make_receiver: Callable[[], Receiver] | None = None,
         sharing: Sharing | None = None,
+        discovery: Discovery | None = None,
+        make_outbound: Callable[[str], Outbound] | None = None,
+        forget: Callable[[str], None] = lambda address: None,
         clock: Clock = time.monotonic_ns,
     ) -> None:
         """``listener``: started already; ``make_receiver``: an engine for a new connection; ``sharing``: where not all
-        peers hold all sessions.
+        peers hold all sessions; ``discovery``: where peers come and go, with ``make_outbound`` for one that comes and
+        ``forget`` for one that went.
         """
         self._outbound = list(outbound)
+        self._discovery, self._make_outbound, self._forget = discovery, make_outbound, forget
+        self._tasks: asyncio.TaskGroup | None = None
+        self._running: dict[str, asyncio.Task[None]] = {}
         self._replicas = replicas
         self._listener, self._make_receiver = listener, make_receiver
         self._sharing, self._clock = sharing, clock
@@ -344,8 +353,11 @@ class Links:
     async def run(self) -> None:
         """Serve all links; returns only by being cancelled."""
         async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
             for link in self._outbound:
-                tasks.create_task(link.run())
+                self._running[link.address] = tasks.create_task(link.run())
+            if self._discovery is not None:
+                tasks.create_task(self._discovery.run(self))
             if self._listener is not None and self._make_receiver is not None:
                 tasks.create_task(self._accept(self._listener, self._make_receiver))
             tasks.create_task(self._age())
@@ -358,6 +370,36 @@ class Links:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def peers_known(self) -> int:
+        """To how many peers we send, or try to."""
+        return len(self._outbound)
+
+    def join(self, address: str) -> None:
+        """One more peer, from now on; ``run`` is running."""
+        if self._make_outbound is None or self._tasks is None:
+            raise ValueError("no peers can join here")
+        link = self._make_outbound(address)
+        self._outbound.append(link)
+        if self._sharing is not None:
+            self._sharing.add(link)
+        self._running[address] = self._tasks.create_task(link.run())
+
+    async def leave(self, address: str) -> None:
+        """That peer is none any more: its link ends, and what it was told is forgotten."""
+        self._outbound = [link for link in self._outbound if link.address != address]
+        if self._sharing is not None:
+            self._sharing.remove(address)
+        task = self._running.pop(address)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        self._forget(address)
+
+    def is_up(self, address: str) -> bool:
+        """Whether the peer at this address is there."""
+        now = self._clock()
+        return any(link.address == address and link.down_ns(now) is None for link in self._outbound)
 
     def poke(self) -> None:
         """Our table may have changed."""
@@ -378,6 +420,8 @@ class Links:
         from there.
         """
         rows = [link.row(now_ns) for link in self._outbound]
+        for row, link in zip(rows, self._outbound, strict=True):
+            row["source"] = self._discovery.membership.source_of(link.address) if self._discovery else GIVEN
         if self._sharing is not None:
             for row, link in zip(rows, self._outbound, strict=True):
                 row["share"] = round(self._sharing.part(link.address), 4)

@@ -231,6 +231,8 @@ class Node:
         if self._prove is not None and now_ns >= self._prove_at_ns and (len(self._table) or parts.collector.copies):
             self._try_to_prove(self._prove)
         parts.links.poke()
+        if not self.readiness.ready and parts.origins:
+            self.readiness.expect(parts.links.peers_known)
         if not self.readiness.ready and self.readiness.look(
             now_ns,
             complete=self._table.complete,

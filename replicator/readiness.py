@@ -25,6 +25,10 @@ class Readiness:
         self.ready = False
         self.why = OWN
 
+    def expect(self, origins: int) -> None:
+        """That many peers are known by now."""
+        self._origins = max(self._origins, origins)
+
     def look(self, now_ns: int, *, complete: bool, replicas: Iterable[Replica], restoring: str = "") -> bool:
         """Whether it is ready; ``complete``: our own sessions are all read; ``restoring``: what keeps those from
         coming back that an earlier DPVS had.

@@ -33,6 +33,7 @@ from probes.layout import Layout
 from probes.memory import SessionPool, choose_layout
 from probes.target import Target
 from replicator.attach import XMIT_MODES, Options, credentials, node_name
+from replicator.discovery.source import name_of
 from replicator.inject import injectable
 from replicator.seal import Party
 from replicator.transport.address import Address, reason, resolve
@@ -78,6 +79,8 @@ def _links(options: Options) -> Iterator[Check]:
             yield Check("peer", True, f"sessions would be sent to {peer}")
         except DpvsProbeError as error:
             yield Check("peer", False, str(error), error.help_text)
+    for place in options.peers_from:
+        yield Check("peers from", True, f"{name_of(place)} would be asked")
     if options.listen is not None:
         yield _listen(options.listen)
 

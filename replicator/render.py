@@ -10,7 +10,10 @@ FIRST_ROWS = 1000  # looked at for the widths of a table that may be endless
 SESSION_COLUMNS = (
     "origin", "proto", "mode", "state", "client", "virtual", "local", "real", "timeout_s", "worker", "flags",
 )  # fmt: skip
-PEER_COLUMNS = ("direction", "node", "address", "state", "for_s", "sessions", "waiting", "records", "bytes", "note")
+PEER_COLUMNS = (
+    "direction", "node", "address", "state", "for_s", "sessions", "waiting", "records", "bytes", "source",
+    "note",
+)  # fmt: skip
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[str]:

@@ -6,6 +6,7 @@ Rules:
 - A peer that is away for ten seconds while others are there is left out: its share goes to those that stand next on
   the ring. Nobody is left out while nobody is there, nor for ten seconds after that.
 - A peer that comes back is given its share first, and only when it has all of it do the others drop what is its.
+- A peer that joins is as one that comes back; one that leaves gives its share to those that stand next.
 - No session is held by fewer than k of the peers that are there, but for those ten seconds and the sync after them.
 """
 
@@ -40,10 +41,22 @@ class Sharing:
 
     def __init__(self, table: SessionTable, links: Sequence[Link], replicas: int, *, away_ns: int = AWAY_NS) -> None:
         """``links``: to all peers, none of them connected yet. Raises BadPlacement."""
-        self._table, self._links, self.replicas, self._away_ns = table, links, replicas, away_ns
+        self._table, self._links, self.replicas, self._away_ns = table, list(links), replicas, away_ns
         self.members = {link.address for link in links}  # peers that count when the others' shares are made
         self._shared: dict[str, Placement] = {}
         self._alone_ns = 0  # when no member was there last
+        self._apply()
+
+    def add(self, link: Link) -> None:
+        """One more peer, not connected yet: it gets its share first, then the others drop that. Raises BadPlacement."""
+        self._links.append(link)
+        self._apply()
+
+    def remove(self, address: str) -> None:
+        """A peer that is none any more."""
+        self._links = [link for link in self._links if link.address != address]
+        self.members.discard(address)
+        self._shared.pop(address, None)
         self._apply()
 
     def tick(self, now_ns: int) -> None:
@@ -59,7 +72,7 @@ class Sharing:
         for link in self._links:
             if link.address not in self.members and link.sender.state is State.LIVE:
                 self.members.add(link.address)
-                log.info("peer %s is back and has its share of the sessions", link.address)
+                log.info("peer %s is there and has its share of the sessions", link.address)
         self._apply()
 
     def part(self, address: str) -> float:

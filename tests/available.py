@@ -5,6 +5,7 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.vm import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 TWIN = ROOT / "build" / "twin" / "dpvs-twin"
+ETCD = ROOT / "build" / "etcd" / "usr" / "bin" / "etcd"
 SYS_BPF = 321
 BPF_MAP_CREATE = 0
 BPF_MAP_TYPE_ARRAY = 2
@@ -76,6 +78,12 @@ def dpvs() -> str | None:
         return str(error)
 
 
+def members() -> str | None:
+    if not os.access(ETCD, os.X_OK):
+        return "etcd is not there: ./scripts/setup"
+    return None if shutil.which("dnsmasq") else "dnsmasq is not installed: ./scripts/setup"
+
+
 def fuzz() -> str | None:
     return None if importlib.util.find_spec("atheris") else "atheris is not there for this Python: ./scripts/setup"
 
@@ -88,4 +96,5 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "vm": vm,
     "dpvs": dpvs,
     "fuzz": fuzz,
+    "members": members,
 }

@@ -13,12 +13,15 @@ from collector import record
 from collector.collector import Collector
 from collector.record import digest
 from collector.table import SessionTable
+from replicator.discovery.discovery import Discovery, source
+from replicator.discovery.source import Myself, Place, name_of
 from replicator.link import Receiver, Sender
 from replicator.links import Links, Outbound
+from replicator.membership import Membership
 from replicator.node import Injector, Node, Parts
 from replicator.replica import Replica, Replicas
 from replicator.sharing import AWAY_NS, Sharing
-from replicator.transport.address import Address
+from replicator.transport.address import Address, parse
 from replicator.transport.interface import Backoff
 from replicator.transport.tcp import TcpDialer, TcpListener
 from replicator.transport.tls import Tls, TlsDialer, TlsListener
@@ -27,6 +30,7 @@ from replicator.wire import node_id as id_of
 from tests.unit.simulated_dpvs import MODES, WORKERS, SimulatedDpvs
 
 LOCALHOST = "127.0.0.1"
+SETTLE_NS, LEAVE_NS = 100_000_000, 500_000_000
 
 
 class LiveDpvs(SimulatedDpvs):
@@ -67,25 +71,37 @@ class SimulatedNode:
         share: int | None = None,
         away_ns: int = AWAY_NS,
         tls: Tls | None = None,
+        places: tuple[Place, ...] = (),
+        port: int = 0,
     ) -> None:
-        """``share``: peers that hold each session, if not all; ``tls``: keys of this node, for its links."""
+        """``share``: peers that hold each session, if not all; ``tls``: keys of this node, for its links; ``places``:
+        where other peers are found; ``port``: to listen on, where it must be known before.
+        """
         self.name, self.slots = name, slots
         self.dpvs = dpvs or LiveDpvs(slots)
         self.table = SessionTable(slots)
         epoch = time.time_ns()
         me = Hello(name, epoch, Role.SENDER, slots, instance=epoch)
         self.replicas = Replicas(Hello(name, epoch, Role.RECEIVER, instance=epoch))
-        here = Address(LOCALHOST, 0)
+        here = Address(LOCALHOST, port)
         self.listener = TlsListener(here, tls) if tls else TcpListener(here)
-        self.outbound = [
-            Outbound(
+
+        def outbound_to(peer: Address) -> Outbound:
+            return Outbound(
                 TlsDialer(peer, tls, timeout_s=1) if tls else TcpDialer(peer, timeout_s=1),
                 Sender(self.table, self.table.add_peer(str(peer)), me),
                 time.monotonic_ns,
                 Backoff(0.02, 0.1),
             )
-            for peer in peers
-        ]
+
+        self.outbound = [outbound_to(peer) for peer in peers]
+        self.membership: Membership | None = None
+        discovery: Discovery | None = None
+        if places:
+            myself = Myself(name, f"{LOCALHOST}:{port}", port)
+            sources = {name_of(place): source(place, myself) for place in places}
+            self.membership = Membership(map(str, peers), sources, settle_ns=SETTLE_NS, leave_ns=LEAVE_NS)
+            discovery = Discovery(self.membership, sources)
         self.released = 0
         self.admin_path = directory / (admin_name or f"{name}.sock")
         self.collector = Collector(self.dpvs, self.dpvs, self.table, modes=MODES, workers=WORKERS, lost=self.dpvs.lost)
@@ -96,6 +112,9 @@ class SimulatedNode:
             listener=self.listener,
             make_receiver=lambda: Receiver(self.replicas, now_ns=time.monotonic_ns()),
             sharing=self.sharing,
+            discovery=discovery,
+            make_outbound=lambda address: outbound_to(parse(address)),
+            forget=self.table.remove_peer,
         )
         self.node = Node(
             Parts(
@@ -191,8 +210,8 @@ class Wire:
             writer.transport.abort()
             return
         self._writers |= {writer, far_writer}
-        for source, sink in ((reader, far_writer), (far_reader, writer)):
-            task = asyncio.create_task(self._pump(source, sink))
+        for ours, theirs in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.create_task(self._pump(ours, theirs))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
