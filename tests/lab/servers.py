@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Servers that know who the members of a cluster are: a real etcd, and a real DNS server, on the loopback interface.
+"""Servers that know who the members of a cluster are: a real etcd, and a real DNS server.
 
 Rules: each keeps its port and, etcd, its data when it is started again. What is still there at the end is killed.
 """
@@ -29,9 +29,9 @@ def free_port() -> int:
 class _Server:
     """One process that listens on one TCP port."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, host: str = LOCALHOST) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.directory, self.port = directory, free_port()
+        self.directory, self.host, self.port = directory, host, free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     def _run(self, command: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ class _Server:
         deadline = time.monotonic() + START_S
         while True:
             try:
-                socket.create_connection((LOCALHOST, self.port), 1).close()
+                socket.create_connection((self.host, self.port), 1).close()
                 return
             except OSError as error:
                 if self._process.poll() is not None or time.monotonic() > deadline:
@@ -68,10 +68,10 @@ class Etcd(_Server):
 
     def start(self) -> None:
         """With what it had when it was killed."""
-        here = f"http://{LOCALHOST}:{self.port}"
+        here = f"http://{self.host}:{self.port}"
         self._run([
             str(ETCD), "--data-dir", str(self.directory / "data"), "--listen-client-urls", here,
-            "--advertise-client-urls", here, "--listen-peer-urls", f"http://{LOCALHOST}:0", "--unsafe-no-fsync",
+            "--advertise-client-urls", here, "--listen-peer-urls", f"http://{self.host}:0", "--unsafe-no-fsync",
         ])  # fmt: skip
 
 

@@ -15,10 +15,14 @@ from replicator.discovery import gateway, srv
 from replicator.discovery.source import EtcdPlace, Place, SrvPlace
 from replicator.placement import Placement
 from replicator.transport.address import Address
+from tests.lab.net import inside
+from tests.lab.pair import Pair
+from tests.lab.process import wait_for
 from tests.lab.servers import LOCALHOST, Dns, Etcd, free_port
 from tests.unit.simulated_node import LiveDpvs, SimulatedNode, until
 
 SLOTS = 1024
+CONNECTIONS = 30
 PREFIX = "/test/"
 
 pytestmark = [pytest.mark.needs("members")]
@@ -179,3 +183,27 @@ def test_nodes_meet_in_dns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     with Dns(tmp_path / "dns", name) as dns:
         asyncio.run(story(dns))
+
+
+@pytest.mark.needs("bpf", "twin", "agent")
+def test_the_command_finds_its_peer(pair: Pair, tmp_path: Path) -> None:
+    steady = pair.steady(CONNECTIONS)
+    host = pair.sync_address("b").rpartition(":")[0]
+    with inside(pair.network.path("b")), Etcd(tmp_path, host) as etcd:
+        extra = ("--peers-from", f"etcd://{host}:{etcd.port}/lb")
+        pair.b.probe("--listen", pair.sync_address("b"), *extra)
+        refused = pair.a.command("attach", "--pid", str(pair.a.pid), "--insecure", "--listen", "*:7700", *extra)
+        assert refused.returncode == 1
+        assert "--advertise HOST:PORT" in refused.stderr
+        probe = pair.a.probe("--listen", pair.sync_address("a"), *extra)
+        wait_for("b has them", lambda: len(pair.b.sessions()) == CONNECTIONS, 20)
+        (row,) = [row for row in probe.peers() if row["direction"] == "to"]
+        assert (row["node"], row["source"], row["state"]) == ("b", "etcd /lb/", "live")
+        listing = pair.a.command("peers", check=True).stdout
+        assert "SOURCE" in listing
+        assert "etcd /lb/" in listing
+        status = json.loads(pair.a.command("status", "--json", check=True).stdout)
+        assert status["membership"]["sources"]["etcd /lb/"]["listed"] == 1
+        pair.kill("a")
+        pair.active("b")
+        assert steady.finish()["alive"] == CONNECTIONS

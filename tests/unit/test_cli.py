@@ -216,7 +216,7 @@ def test_peers(run: Runner, node: SimulatedNode) -> None:
     assert (row["direction"], row["state"], row["link"]["refused"]) == ("listen", "listening", 0)
     header, door = run("peers").out.splitlines()
     assert header.split() == [
-        "DIRECTION", "NODE", "ADDRESS", "STATE", "FOR", "SESSIONS", "WAITING", "RECORDS", "BYTES", "NOTE",
+        "DIRECTION", "NODE", "ADDRESS", "STATE", "FOR", "SESSIONS", "WAITING", "RECORDS", "BYTES", "SOURCE", "NOTE",
     ]  # fmt: skip
     assert door.split()[:4] == ["listen", "-", row["address"], "listening"]
     verbose = run("peers", "-v").out.splitlines()
