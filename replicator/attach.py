@@ -253,6 +253,9 @@ class _Attachment:
         if client is not None:
             ownership = Ownership(table, me.node_id, collector.release)
             promotion = Promotion(options.policy)
+            if options.policy is Policy.PROMOTE and options.run_dir.was_promoted():
+                log.info("keepalived said last that this node is MASTER: promoted")
+                promotion.promote(CLOCK())
             agent = tried_first(client, layout, pool, control, modes)
             injector = Injector(
                 agent, lambda: (*keeper.origins(), *replicas), ownership=ownership, promotion=promotion, workers=workers

@@ -21,7 +21,9 @@ from replicator.cli_agent import agent
 from replicator.cli_attach import attach
 from replicator.cli_decode import decode
 from replicator.cli_keys import keys
+from replicator.cli_notify import notify, ready
 from replicator.cli_snapshot import snapshot
+from replicator.cli_sysdump import sysdump
 from replicator.console import json_option, pid_option, request, run_dir_option, show, version
 from replicator.rundir import RunDir
 
@@ -42,6 +44,9 @@ cli.add_command(attach)
 cli.add_command(keys)
 cli.add_command(decode)
 cli.add_command(snapshot)
+cli.add_command(sysdump)
+cli.add_command(ready)
+cli.add_command(notify)
 
 
 @cli.command()
@@ -109,30 +114,6 @@ def peers(pid: int | None, run_dir: str | None, as_json: bool, verbose: bool) ->
         show(render.outline({render.link_title(line): line for line in lines}))
     else:
         show(render.table(lines, render.PEER_COLUMNS) if lines else ["no peers"])
-
-
-@cli.command()
-@pid_option
-@run_dir_option
-@click.option("--wait", type=click.FloatRange(0, 86400), default=0.0, metavar="SECONDS", help="Wait so long for it.")
-def ready(pid: int | None, run_dir: str | None, wait: float) -> int:
-    """Whether this node may get traffic: its own sessions are read, and those of its peers are here.
-
-    Exit status 0 if it is ready, else 1; what is waited for is said. Once ready, a node stays so until its DPVS ends.
-    Peers that do not come are waited for 10 seconds after the start.
-    """
-    deadline = time.monotonic() + wait
-    while True:
-        (line,) = request(pid, run_dir, "status")
-        if line["ready"]:
-            injection = line["injection"]
-            standby = isinstance(injection, dict) and injection.get("role") == "standby"
-            show(["ready, standby" if standby else "ready"])
-            return 0
-        if time.monotonic() >= deadline:
-            show([f"not ready: {line['waiting_for'] or 'DPVS has ended'}"])
-            return 1
-        time.sleep(0.1)
 
 
 @cli.command()

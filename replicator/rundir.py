@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The directory where running attaches leave their lock and their admin socket: ``<pid>.lock`` and ``<pid>.sock``.
+"""The directory where running attaches leave their lock and their admin socket: ``<pid>.lock`` and ``<pid>.sock``; and
+``role``, what keepalived said last of this node.
 
 Rules: pid is that of the DPVS process. One attach a process, held by flock, so it ends with the process that holds
 it however that dies. The directory belongs to whoever runs us and nobody else may write to it. What dead attaches
@@ -112,6 +113,19 @@ class RunDir:
         finally:
             os.close(fd)
         return None
+
+    def remember_role(self, *, promoted: bool) -> None:
+        """Keep what was said last of this node, for an attach that starts later."""
+        fresh = self.path / f"role.{os.getpid()}"
+        fresh.write_text("promoted\n" if promoted else "standby\n")
+        os.replace(fresh, self.path / "role")
+
+    def was_promoted(self) -> bool:
+        """Whether this node was said to have the addresses, since the machine started: /run does not outlive it."""
+        try:
+            return (self.path / "role").read_text() == "promoted\n"
+        except OSError:
+            return False
 
     def attached(self) -> list[int]:
         """The DPVS pids that a live attach answers for, ascending. What dead ones left is removed."""

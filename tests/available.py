@@ -88,6 +88,10 @@ def fuzz() -> str | None:
     return None if importlib.util.find_spec("atheris") else "atheris is not there for this Python: ./scripts/setup"
 
 
+def keepalived() -> str | None:
+    return None if os.access("/usr/sbin/keepalived", os.X_OK) else "keepalived is not installed: ./scripts/setup"
+
+
 CHECKS: dict[str, Callable[[], str | None]] = {
     "netns": netns,
     "bpf": bpf,
@@ -97,4 +101,5 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "dpvs": dpvs,
     "fuzz": fuzz,
     "members": members,
+    "keepalived": keepalived,
 }
