@@ -20,6 +20,7 @@ from replicator.admin import ask
 from replicator.cli_agent import agent
 from replicator.cli_attach import attach
 from replicator.cli_decode import decode
+from replicator.cli_diff import diff
 from replicator.cli_keys import keys
 from replicator.cli_notify import notify, ready
 from replicator.cli_snapshot import snapshot
@@ -45,6 +46,7 @@ cli.add_command(keys)
 cli.add_command(decode)
 cli.add_command(snapshot)
 cli.add_command(sysdump)
+cli.add_command(diff)
 cli.add_command(ready)
 cli.add_command(notify)
 

@@ -31,6 +31,7 @@ from replicator.admin import AdminServer, BadRequest, Line
 from replicator.links import Links
 from replicator.promotion import Promotion
 from replicator.readiness import Readiness
+from replicator.sources import export
 from replicator.store.keeper import Keeper
 from replicator.ticker import Ticker
 
@@ -323,6 +324,9 @@ class Node:
                 yield block
         elif command in ("promote", "demote"):
             yield [await self._change_role(command, request.get("wait"))]
+        elif command == "records":
+            async for block in self._records(request):
+                yield block
         elif command == "snapshot":
             yield [await self._snapshot(request)]
         elif command == "detach":
@@ -356,6 +360,18 @@ class Node:
             await asyncio.sleep(PROGRESS_S)
         log.info("%s: %d sessions of peers are in DPVS after %.0f ms", command, progress["installed"], took / 1e6)
         return {**progress, "took_ms": round(took / 1e6, 1)}
+
+    def _records(self, request: Mapping[str, Any]) -> AsyncIterator[list[Line]]:
+        """All of one table, to be compared with another node's."""
+        origin, whole = request.get("origin"), request.get("whole") is True
+        if origin == query.OWN:
+            table = self._table
+            age_ms = (self._clock() - table.born_ns) // 1_000_000
+            return export(table.records, table.shared, age_ms, self._parts.name, whole=whole)
+        for replica in self._parts.links.replicas():
+            if replica.node == origin:
+                return export(replica.records, replica.present, None, replica.node, whole=whole)
+        raise BadRequest(f"there are no sessions of a node '{origin}'")
 
     async def _snapshot(self, request: Mapping[str, Any]) -> Line:
         """Save our sessions to a file, or bring back those of one."""
