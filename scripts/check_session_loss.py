@@ -5,8 +5,8 @@
     scripts/check_session_loss before dpvs:PID     on the node that took over: its DPVS is asked itself
 
 A session that was younger than --young milliseconds when the export was made may not have been told to the peer yet,
-and whoever opened it is still trying. Sessions of kinds and states that no peer puts into its DPVS are counted apart. Exit
-status 0 if none is lost, or young ones only; 1 if others are; 2 if it cannot be said.
+and whoever opened it is still trying. Sessions of kinds and states that no peer puts into its DPVS are counted apart.
+Exit status 0 if none is lost, or young ones only; 1 if others are; 2 if it cannot be said.
 """
 
 import argparse
