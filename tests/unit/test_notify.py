@@ -140,7 +140,8 @@ def test_following(run_dir: RunDir, attach: Attach, tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == line
         deadline = time.monotonic() + 10
-        while not (log.exists() and file.exists() and file.read_text() == value):
+        told = "now ready\n" if value == "0\n" else "now not-ready\n"
+        while not (log.exists() and file.read_text() == value and log.read_text().endswith(told)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
