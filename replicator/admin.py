@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 class BadRequest(DpvsProbeError):
     """A request that is not one."""
 
-    help_text = "The commands are status, sessions, peers, promote, demote, snapshot, records and detach."
+    help_text = "The commands are status, sessions, peers, promote, demote, snapshot, records, drill and detach."
 
 
 class AdminError(DpvsProbeError):

@@ -21,6 +21,7 @@ from replicator.cli_agent import agent
 from replicator.cli_attach import attach
 from replicator.cli_decode import decode
 from replicator.cli_diff import diff
+from replicator.cli_drill import drill
 from replicator.cli_keys import keys
 from replicator.cli_notify import notify, ready
 from replicator.cli_snapshot import snapshot
@@ -47,6 +48,7 @@ cli.add_command(decode)
 cli.add_command(snapshot)
 cli.add_command(sysdump)
 cli.add_command(diff)
+cli.add_command(drill)
 cli.add_command(ready)
 cli.add_command(notify)
 

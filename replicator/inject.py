@@ -328,6 +328,14 @@ class Injector:
             c.refused = len(slots)
             c.replica.pending.mark(slots if helped else slots[:SAMPLE])
 
+    def ask(self, ops: npt.NDArray[np.uint8], records: Records) -> "Future[int]":
+        """A request that is not about replicas, in turn with ours; its number, for ``answer``."""
+        return self._executor.submit(self._agent.submit, ops, records)
+
+    def answer(self, request: int) -> npt.NDArray[np.uint8] | None:
+        """The codes of such a request; None while it is under way."""
+        return self._agent.results(request)
+
     def idle(self) -> bool:
         """Nothing is under way (changes may still wait in the replicas)."""
         return not self._batches

@@ -19,19 +19,24 @@ import os
 import select
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from collector.record import Records
 from collector.table import Applied, SessionTable
 from probes.errors import DpvsProbeError
 from replicator import query
 from replicator.admin import AdminServer, BadRequest, Line
+from replicator.drill import Drill
 from replicator.links import Links
 from replicator.promotion import Promotion
 from replicator.readiness import Readiness
-from replicator.sources import export
+from replicator.sources import export, told_by_dpvs
 from replicator.store.keeper import Keeper
 from replicator.ticker import Ticker
 
@@ -86,6 +91,9 @@ class Injector(Protocol):
     def promote(self, now_ns: int) -> None: ...
     def demote(self) -> None: ...
     def progress(self) -> dict[str, Any]: ...
+    def ask(self, ops: npt.NDArray[np.uint8], records: Records) -> "Future[int]": ...
+    def answer(self, request: int) -> npt.NDArray[np.uint8] | None: ...
+    def codes(self, replica: Any) -> npt.NDArray[np.uint8]: ...
     def counters(self) -> Mapping[str, Any]: ...
     def close(self) -> None: ...
 
@@ -324,6 +332,8 @@ class Node:
                 yield block
         elif command in ("promote", "demote"):
             yield [await self._change_role(command, request.get("wait"))]
+        elif command == "drill":
+            yield [await self._play(request)]
         elif command == "records":
             async for block in self._records(request):
                 yield block
@@ -360,6 +370,23 @@ class Node:
             await asyncio.sleep(PROGRESS_S)
         log.info("%s: %d sessions of peers are in DPVS after %.0f ms", command, progress["installed"], took / 1e6)
         return {**progress, "took_ms": round(took / 1e6, 1)}
+
+    async def _play(self, request: Mapping[str, Any]) -> Line:
+        """A step of a drill."""
+        parts, step, count = self._parts, request.get("step"), request.get("sessions")
+        if parts.injector is None:
+            raise NotInjecting("sessions are not put into this DPVS")
+        drill = Drill(
+            self._table, parts.links.replicas, parts.injector, lambda: told_by_dpvs(parts.pid), parts.links.settled
+        )
+        if step == "begin":
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise BadRequest(f"{count!r} is not a number of sessions")
+            return await drill.begin(count)
+        steps = {"count": drill.count, "take": drill.take, "end": drill.end}
+        if step not in steps:
+            raise BadRequest(f"a drill has no step {step!r}")
+        return await steps[step]()
 
     def _records(self, request: Mapping[str, Any]) -> AsyncIterator[list[Line]]:
         """All of one table, to be compared with another node's."""
