@@ -180,10 +180,16 @@ def install_rest(root: Path) -> None:
     packed(documents / "changelog.gz", (ROOT / "CHANGELOG.md").read_bytes())
     for path in ROOT.glob("README*.md"):
         put(documents / path.name, path.read_text())
-    for source, place in ((ROOT / "docs", f"{DOCUMENTS}/docs"), (HERE / "systemd", UNITS), (HERE / "etc", "etc")):
+    sources = (
+        (ROOT / "docs", f"{DOCUMENTS}/docs"),
+        (ROOT / "examples", f"{DOCUMENTS}/examples"),
+        (HERE / "systemd", UNITS),
+        (HERE / "etc", "etc"),
+    )
+    for source, place in sources:
         for path in sorted(source.rglob("*")):
             if path.is_file():
-                put(root / place / path.relative_to(source), path.read_text())
+                put(root / place / path.relative_to(source), path.read_text(), path.stat().st_mode & 0o777)
 
 
 def files(root: Path) -> Iterable[Path]:
