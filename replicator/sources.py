@@ -176,7 +176,7 @@ class Source:
         if done.returncode != 0:
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["it does not say why"]
             raise BadSource(f"{self.text} cannot be asked: {said[0]}")
-        yield from _json_lines(done.stdout, self.text)
+        yield from json_lines(done.stdout, self.text)
 
     def _file(self) -> Sessions:
         path = Path(self.text)
@@ -187,13 +187,14 @@ class Source:
             contents.require_whole()
             age_ns(contents.stamp.at, contents.head.boot_id, now(), boot_id())
             return Sessions(self.text, contents.head.node, contents.own, np.full(len(contents.own), UNKNOWN_MS))
-        found, _ = parse(_json_lines(path.read_bytes(), self.text), self.text)
+        found, _ = parse(json_lines(path.read_bytes(), self.text), self.text)
         if found is None:
             raise BadSource(f"{self.text} has a digest and no sessions")
         return found
 
 
-def _json_lines(data: bytes, name: str) -> Iterator[Line]:
+def json_lines(data: bytes, name: str) -> Iterator[Line]:
+    """The objects of a text, one a line. Raises BadSource."""
     for text in data.splitlines():
         try:
             line = json.loads(text)

@@ -53,21 +53,23 @@ def stored(node: Node) -> int:
     return int(said["sessions"]) if said.get("whole") and not said["behind"] else -1
 
 
-def restart(pair: Pair, name: str = "a", *, how: int = signal.SIGTERM, options: tuple[str, ...] = ()) -> Restart:
-    """Stop the DPVS of a node by a signal, start another, attach to it as before."""
+def restart(pair: Pair, name: str = "a", *, how: int = signal.SIGTERM, crash: bool = False) -> Restart:
+    """Stop the DPVS of a node by a signal, start another, attach to it as before. ``crash``: dpvs-probe is killed first."""
     node = pair.nodes[name]
     done, began = Restart(), time.monotonic()
     pair.network.gate(is_open=False)
     assert node.process is not None
+    old = node.attached[-1]
+    if crash:
+        old.process.kill()
     node.process.signal(how)
     node.process.wait(20)
-    old = node.attached[-1]
-    if old.process.wait(20) != 3:
+    if old.process.wait(20) != 3 and not crash:
         raise LabError(f"the attach ended with {old.process.status}: {old.process.tail()}")
     done.ended = time.monotonic() - began
     pair.start(name)
     done.up = time.monotonic() - began
-    new = attach(node, *options)
+    new = attach(node)
     ready = node.command("ready", "--wait", READY_S)
     if ready.returncode != 0:
         raise LabError(f"{ready.stdout}{ready.stderr}{new.process.tail()}")

@@ -21,14 +21,16 @@ def own(node: Node) -> int:
 
 @pytest.mark.pair(established_timeout_s=200)
 def test_dpvs_restarted_twice(pair: Pair) -> None:
-    """By SIGTERM and by SIGKILL. Those that say nothing are carried through both, and go on with their next segment."""
+    """In order; and with dpvs-probe, both by SIGKILL. Those that say nothing are carried through both times, and go on
+    with their next segment.
+    """
     pair.kill("b")  # this is about one machine
     attach(pair.a)
     quiet = [pair.connect(7) for _ in range(IDLE)]
     steady = pair.steady(TALKING, stall=60)
     wait_until_stored(pair.a, TALKING + IDLE)
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        done = restart(pair, how=how)
+    for how, crash in ((signal.SIGTERM, False), (signal.SIGKILL, True)):
+        done = restart(pair, how=how, crash=crash)
         assert done.restored["in_dpvs"] == TALKING + IDLE, done
         assert done.restored["refused"] == {}
         wait_for("those that talk are its own", lambda: own(pair.a) == TALKING, 30)
