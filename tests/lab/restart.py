@@ -54,7 +54,7 @@ def stored(node: Node) -> int:
 
 
 def restart(pair: Pair, name: str = "a", *, how: int = signal.SIGTERM, crash: bool = False) -> Restart:
-    """Stop the DPVS of a node by a signal, start another, attach to it as before; ``crash``: dpvs-probe is killed too."""
+    """Stop the DPVS of a node by a signal, start another, attach as before; ``crash``: dpvs-probe is killed as well."""
     node = pair.nodes[name]
     done, began = Restart(), time.monotonic()
     pair.network.gate(is_open=False)
