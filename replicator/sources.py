@@ -113,7 +113,7 @@ def parse(lines: Iterable[Line], name: str) -> tuple[Sessions | None, Line]:
         ):  # fmt: skip
             raise BadSource(f"{name} does not hold what it says")
         return (sessions if parts or last["sessions"] == 0 else None), last
-    except (ValueError, KeyError, TypeError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, binascii.Error) as error:
         raise BadSource(f"{name} is no export of sessions") from error
 
 

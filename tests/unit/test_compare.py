@@ -75,7 +75,14 @@ class TestExport:
 
     def test_what_is_damaged_is_refused(self) -> None:
         lines = lines_of(sessions(600))
-        for damage in (lines[:-1], lines[1:], [{"records": "AAAA", "age_ms": []}, *lines], [{"sessions": 1}], [{}]):
+        for damage in (
+            lines[:-1],
+            lines[1:],
+            [{"records": "AAAA", "age_ms": []}, *lines],
+            [{"sessions": 1}],
+            [{}],
+            [{**lines[0], "age_ms": [10**40] * 512}, *lines[1:]],
+        ):
             with pytest.raises(BadSource):
                 parse(damage, "x")
 
