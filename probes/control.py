@@ -21,12 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from probes.errors import DpvsProbeError, NeedRoot
+from probes.flow import SERVICE
 from probes.layout import BadLayout, Layout
 
 GET, SET = 0, 1
 CONNECT_SECONDS = 2.0
 REPLY_SECONDS = 5.0
 RETRY_SECONDS = 0.005
+SERVICES_TRIES = 3
 MAX_REPLY_BYTES = 64 << 20
 MAX_PAGES = 1 << 20  # of a list of sessions
 _SUN_PATH = 107
@@ -134,6 +136,41 @@ class ControlSocket:
         """DPVS's version number, see ``probes.layout.release_name``: a cheap question to see that the socket works."""
         data = self.get(self.layout.sockopt_id("DPVS_SO_GET_INFO"))
         return self._unpack("dp_vs_getinfo", "version", data)
+
+    def services(self) -> npt.NDArray[np.void] | None:
+        """The services with an address and a port, shape (n,), dtype SERVICE; None if the layout does not know them.
+
+        As ``ipvsadm -ln`` asks: each worker copies its counters, microseconds for a service.
+        """
+        if not self.layout.has("dp_vs_service_compat") or "DPVS_SO_GET_SERVICES" not in self.layout.sockopt_ids:
+            return None
+        request_id, size = self.layout.sockopt_id("DPVS_SO_GET_SERVICES"), self.layout.size("dp_vs_service_compat")
+        for left in reversed(range(SERVICES_TRIES)):
+            info = self.get(self.layout.sockopt_id("DPVS_SO_GET_INFO"))
+            count = self._unpack("dp_vs_getinfo", "num_services", info)
+            if count == 0:
+                return np.empty(0, SERVICE)
+            # It must name the number that there are; index 0 is the master (ip_vs_service.c: dp_vs_services_get_uc_cb).
+            code, text, data = self.request(GET, request_id, self._build("dp_vs_services_front", count=count))
+            if code == 0:
+                break
+            if left == 0:  # else a service came or went in between
+                raise ControlRefused(f"DPVS refused to list its services: {text or 'no reason'} ({code})", code)
+        first = self.layout.size("dp_vs_services_front")
+        said = self._unpack("dp_vs_services_front", "count", data)
+        if said > count or first + said * size > len(data):
+            raise ControlBroken(f"DPVS says {said} services but sent {len(data)} bytes")
+        found = np.zeros(said, SERVICE)
+        for row, base in zip(found, range(first, len(data), size), strict=False):
+            fields = {name: self.layout.unpack("dp_vs_service_compat", name, data, base) for name in ("af", "proto")}
+            at, length = self.layout.field("dp_vs_service_compat", "addr")
+            address = data[base + at : base + at + length]
+            row["af"], row["proto"] = fields["af"] & 0xFF, fields["proto"]
+            row["port"] = int.from_bytes(data[base + self.layout.offset("dp_vs_service_compat", "port") :][:2], "big")
+            row["addr"] = np.frombuffer(address[:4].ljust(16, b"\0") if row["af"] == socket.AF_INET else address, "u1")
+        named: npt.NDArray[np.bool_] = (found["port"] != 0) & found["addr"].any(axis=1)
+        listed: npt.NDArray[np.void] = found[named]  # others go by mark or match, as SNAT does
+        return listed
 
     def session(  # noqa: PLR0917 - a tuple of the field
         self, af: int, proto: int, saddr: bytes, sport: int, daddr: bytes, dport: int

@@ -251,6 +251,27 @@ class Probes:
         self.close()
 
 
+class Program:
+    """A program of ``bpf/NAME.bpf.c``, compiled with ``flags``; ``close`` gives all of it back."""
+
+    def __init__(self, name: str, flags: list[str]) -> None:
+        self._bpf = _compile(flags, name)
+
+    def load_xdp(self, function: bytes) -> int:
+        """The descriptor of one of its functions, accepted by the kernel as an XDP program."""
+        return _load(self._bpf, function, xdp=True)
+
+    def map_fd(self, name: bytes) -> int:
+        """The descriptor of one of its maps."""
+        fd: int = self._bpf[name].map_fd
+        return fd
+
+    def close(self) -> None:
+        if self._bpf is not None:
+            _free(self._bpf)
+            self._bpf = None
+
+
 # --- bcc -----------------------------------------------------------------------------------------------------------
 
 
@@ -296,10 +317,10 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _compile(flags: list[str]) -> Any:
+def _compile(flags: list[str], program: str = "session") -> Any:
     """The program compiled with the first set of headers that works; a bcc.BPF."""
     bcc = _import_bcc()
-    source = resources.files("probes").joinpath("bpf/session.bpf.c").read_bytes()
+    source = resources.files("probes").joinpath(f"bpf/{program}.bpf.c").read_bytes()
     if os.environ.get(SOURCE_VARIABLE) or kernel_headers():
         try:
             return _build(bcc, source, flags, None)
@@ -334,11 +355,11 @@ def _build(bcc: Any, source: bytes, flags: list[str], kernel_source: str | None)
     raise ProgramFailed(f"the probe program does not compile: {message}")
 
 
-def _load(bpf: Any, name: bytes) -> int:
+def _load(bpf: Any, name: bytes, *, xdp: bool = False) -> int:
     bcc = _import_bcc()
     with _captured() as output:
         try:
-            fd: int = bpf.load_func(name, bcc.BPF.KPROBE).fd
+            fd: int = bpf.load_func(name, bcc.BPF.XDP if xdp else bcc.BPF.KPROBE).fd
             return fd
         except Exception:
             message = _first_error(output)

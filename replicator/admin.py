@@ -12,14 +12,15 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from probes.errors import DpvsProbeError
 
 Line = dict[str, Any]
-Answer = AsyncIterator[list[Line]]  # blocks of lines
+Answer = AsyncGenerator[list[Line], None]  # blocks of lines
 Handler = Callable[[Mapping[str, Any]], Answer]
 
 REQUEST_BYTES = 64 << 10
@@ -35,7 +36,10 @@ log = logging.getLogger(__name__)
 class BadRequest(DpvsProbeError):
     """A request that is not one."""
 
-    help_text = "The commands are status, sessions, peers, promote, demote, snapshot, records, drill and detach."
+    help_text = (
+        "The commands are status, sessions, peers, orphans, top, watch, promote, demote, snapshot, records, drill and"
+        " detach."
+    )
 
 
 class AdminError(DpvsProbeError):
@@ -93,8 +97,9 @@ class AdminServer:
                     text = await reader.readline()
                 if not text:
                     return  # somebody only looked whether we live
-                async for block in self._handler(_parse(text)):
-                    await _write(writer, block)
+                async with aclosing(self._handler(_parse(text))) as blocks:  # also where the client goes away
+                    async for block in blocks:
+                        await _write(writer, block)
                 last: Line = {"done": True}
             except DpvsProbeError as error:
                 last = {"error": str(error), "help": error.help_text}

@@ -32,9 +32,12 @@ from probes.errors import DpvsProbeError, NeedRoot
 from probes.layout import Layout, release_name
 from probes.loader import RING_PAGES, Probes
 from probes.memory import SessionPool, choose_layout
+from probes.packets import FLOWS, Packets
+from probes.packets import Mode as XdpMode
 from probes.proof import LayoutDisproved, Proof, prove
 from probes.sites import session_sites
 from probes.target import Target
+from replicator.activity import Activity
 from replicator.discovery.discovery import Discovery
 from replicator.discovery.source import EtcdPlace, Myself, Place
 from replicator.inject import Injector
@@ -55,7 +58,7 @@ from replicator.transport.choose import Mode, Transport, Where, parse
 from replicator.transport.interface import PEER_TIMEOUT_S, Dialer, Listener
 from replicator.transport.tls import Tls
 from replicator.trial import tried_first
-from replicator.wire import MAX_NAME, Hello, Role
+from replicator.wire import LZ4, MAX_NAME, WANTS, Hello, Role
 
 XMIT_MODES = {
     "dp_vs_xmit_nat": NAT,
@@ -103,6 +106,9 @@ class Options:
     insecure: bool = False
     store: Path | None = None  # file that our own sessions are kept in
     store_flush_ns: int = 0  # it is written through that often; 0: when the kernel likes
+    xdp: tuple[str, ...] = ()  # interfaces
+    xdp_mode: str = XdpMode.AUTO
+    xdp_flows: int = FLOWS
     version: str = ""
 
 
@@ -196,7 +202,8 @@ class _Attachment:
 
         workers = len(target.workers())
         me = Hello(
-            name, time.time_ns(), Role.SENDER, pool.slots, instance=instance_of(target), workers=workers
+            name, time.time_ns(), Role.SENDER, pool.slots, instance=instance_of(target), workers=workers,
+            capabilities=LZ4 | WANTS,
         )  # fmt: skip
         keeper = Keeper(options.store, me, CLOCK, flush_ns=options.store_flush_ns)
         stack.callback(keeper.close)
@@ -220,6 +227,7 @@ class _Attachment:
         if sites:
             probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
         await asyncio.sleep(0)
+        packets = _packets(options, stack)
         listener = transport.listener(options.listen) if options.listen else None
         if listener is not None:
             stack.push_async_callback(listener.close)
@@ -287,6 +295,7 @@ class _Attachment:
             log.info("listening for peers on %s", listener.address)
         elif not dialers and discovery is None:
             log.info("neither --peer nor --listen: sessions are only watched")
+        activity = Activity(packets, table, links.replicas, control.services, ask=links.want) if packets else None
         return Node(
             Parts(
                 name=name,
@@ -300,6 +309,7 @@ class _Attachment:
                 origins=max(1, len(dialers)) if listener is not None else 0,
                 pidfd=target.pidfd,
                 release=pool.close,
+                activity=activity,
                 prove=None if proving.done else proving.again,
                 about={
                     "exe": target.exe,
@@ -411,6 +421,16 @@ def _say(probes: Probes) -> None:
     costs = probes.costs
     known = "measured" if costs.measured else "assumed"
     log.info("%s, %.1f us of a worker's time a session (%s)", probes.how, costs.session_ns / 1000, known)
+
+
+def _packets(options: Options, stack: AsyncExitStack) -> Packets | None:
+    """The packet program on the interfaces that were named: nothing of DPVS, so it comes before the probes."""
+    if not options.xdp:
+        return None
+    packets = stack.enter_context(Packets(options.xdp, options.xdp_flows, XdpMode(options.xdp_mode)))
+    for one in packets.attached:
+        log.info("packets of %s are counted: XDP, %s%s", one.interface, one.mode, f" ({one.why})" if one.why else "")
+    return packets
 
 
 def _more(probes: Probes | None, governed: Governed | None, client: AgentClient | None) -> Mapping[str, Any]:

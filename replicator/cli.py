@@ -23,7 +23,9 @@ from replicator.cli_decode import decode
 from replicator.cli_diff import diff
 from replicator.cli_drill import drill
 from replicator.cli_keys import keys
+from replicator.cli_live import top, watch
 from replicator.cli_notify import notify, ready
+from replicator.cli_packets import orphans
 from replicator.cli_snapshot import snapshot
 from replicator.cli_sysdump import sysdump
 from replicator.console import json_option, pid_option, request, run_dir_option, show, version
@@ -51,6 +53,9 @@ cli.add_command(diff)
 cli.add_command(drill)
 cli.add_command(ready)
 cli.add_command(notify)
+cli.add_command(orphans)
+cli.add_command(top)
+cli.add_command(watch)
 
 
 @cli.command()
@@ -101,7 +106,7 @@ def status(pid: int | None, run_dir: str | None, as_json: bool) -> None:
 def sessions(pid: int | None, run_dir: str | None, as_json: bool, **wanted: Any) -> None:
     """Sessions that a running attach knows: of its own DPVS, and copies of its peers'."""
     lines = request(pid, run_dir, "sessions", **wanted)
-    show(map(json.dumps, lines) if as_json else render.table(lines, render.SESSION_COLUMNS))
+    show(map(json.dumps, lines) if as_json else render.sessions(lines))
 
 
 @cli.command()

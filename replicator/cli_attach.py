@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from replicator import render
+from replicator.cli_packets import packet_options
 from replicator.console import log_to_stderr, run_dir_option, show, version
 from replicator.promotion import Policy
 from replicator.rundir import RunDir
@@ -103,6 +104,7 @@ from replicator.transport.choose import Mode, parse
     help="Write the store through to its device that often; 0 leaves that to the kernel, which loses nothing unless"
     " the machine itself stops.",
 )  # fmt: skip
+@packet_options
 @click.option("-v", "--verbose", is_flag=True, help="Say more, with the name of the part that says it.")
 @click.option(
     "--dry-run", is_flag=True,
@@ -160,6 +162,9 @@ def attach(**given: Any) -> int:
         require_peer_s=given["require_peer"],
         keys=given["keys_dir"],
         insecure=given["insecure"],
+        xdp=tuple(dict.fromkeys(given["xdp"])),
+        xdp_mode=given["xdp_mode"],
+        xdp_flows=given["xdp_flows"],
         store=Path(given["store"]) if given["store"] else None,
         store_flush_ns=int(given["store_flush"] * 1e9),
         version=version(),

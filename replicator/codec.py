@@ -14,11 +14,12 @@ import lz4.block
 import numpy as np
 import numpy.typing as npt
 
-from collector.record import RECORD, Records, Slots, words
+from collector.record import AF_INET, AF_INET6, RECORD, Records, Slots, words
+from probes.flow import FLOW_KEY
 
 from . import packing
 from .packing import Telling
-from .wire import HEADER, MAGIC, MAX_BODY, VERSION, Fault, Opcode, ProtocolError
+from .wire import HEADER, MAGIC, MAX_BODY, VERSION, WANT, WANT_BYTES, Fault, Opcode, ProtocolError, pack
 
 BODY = struct.Struct("<BBHI")
 IPV4, IPV6, ENDED = 4, 6, 0
@@ -28,6 +29,7 @@ PAYS_BELOW = 0.9  # compressed bodies larger than that share of the plain one ar
 MAX_COUNT = 0xFFFF
 
 Buffer = bytes | memoryview
+FlowKeys = npt.NDArray[np.void]  # probes.flow.FLOW_KEY
 _PREFIX = HEADER.size + BODY.size
 _WRONG = {
     packing.NO_GENERATION: "a session without a generation",
@@ -141,3 +143,22 @@ def _check_names(items: npt.NDArray[np.uint32], slots: int) -> None:
         raise ProtocolError(Fault.RECORD, f"slot {int(items[:, 0].max())} of {slots}")
     if not items[:, 1].all():
         raise ProtocolError(Fault.RECORD, "a session without a generation")
+
+
+def pack_want(keys: FlowKeys) -> bytes:
+    """A WANT frame for n flows, at most MAX_WANT."""
+    return pack(Opcode.WANT, 0, WANT.pack(len(keys), 0) + keys.astype(FLOW_KEY).tobytes())
+
+
+def parse_want(body: bytes) -> FlowKeys:
+    """The flows of a WANT body, a copy. Raises ProtocolError."""
+    count, zero = WANT.unpack_from(body)
+    if count == 0 or zero or len(body) != WANT.size + count * WANT_BYTES:
+        raise ProtocolError(Fault.COUNT, f"{count} flows in {len(body)} bytes")
+    keys = np.frombuffer(body, FLOW_KEY, count, WANT.size).copy()
+    four = keys["af"] == AF_INET
+    if not (four | (keys["af"] == AF_INET6)).all() or keys["zero"].any():
+        raise ProtocolError(Fault.RECORD, "a flow of no family")
+    if keys["caddr"][four, 4:].any() or keys["vaddr"][four, 4:].any():
+        raise ProtocolError(Fault.RECORD, "an IPv4 address that is longer")
+    return keys

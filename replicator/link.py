@@ -39,6 +39,7 @@ from .histogram import Histogram
 from .packing import Telling
 from .replica import Generations, LinkRefused, Replica, Replicas
 from .transport.interface import Loss
+from .wanting import Wanted
 from .wire import SEQUENCED, Fault, Frame, Hello, Opcode, ProtocolError, Reason, Role, SyncReason
 
 __all__ = ["Down", "Event", "LinkSettings", "Receiver", "Sender", "State", "Synced", "Syncing", "Up"]
@@ -77,7 +78,7 @@ class Sender(Engine):
     _COUNTERS = (
         "connections", "frames_received", "frames_sent", "bytes_sent", "bytes_plain", "frames_compressed", "created",
         "updated", "deleted", "acknowledged", "full_syncs", "partial_syncs", "resyncs_requested", "given_back",
-        "protocol_errors",
+        "wanted", "wanted_found", "wanted_unanswered", "protocol_errors",
     )  # fmt: skip
 
     def __init__(self, table: SessionTable, dirty: Dirty, me: Hello, settings: LinkSettings | None = None) -> None:
@@ -89,6 +90,8 @@ class Sender(Engine):
         self._told = np.zeros(table.slots, np.bool_)  # slots in which the peer may believe a session to be
         self._telling = Telling(words(table.records), table.shared.view(np.uint8), self._told.view(np.uint8))
         self._picks: Picks | None = None
+        self._wanted = Wanted(table)
+        self._asked: Generations | None = None  # the sessions that are the peer's although ``picks`` does not say so
         self._acknowledged = 0
         self._flight: deque[_InFlight] = deque()
         self._flight_bytes = 0
@@ -132,8 +135,15 @@ class Sender(Engine):
         """From now on tell the peer only of those sessions that ``picks`` says (None: of all), and have it drop what it
         holds of others. What is said of a session must not change as long as the session and ``picks`` are the same.
         """
-        self._picks = picks
+        self._picks = self._with_asked(picks) if picks is not None else None
         self._due = self._due or SyncReason.SHARED_ANEW
+
+    def _with_asked(self, picks: Picks) -> Picks:
+        def wider(slots: Slots) -> Bools:
+            chosen = picks(slots)
+            return chosen if self._asked is None else chosen | (self._asked[slots] == self._table.generation[slots])
+
+        return wider
 
     @property
     def share_count(self) -> int:
@@ -178,7 +188,9 @@ class Sender(Engine):
         }
 
     def next_deadline(self, now_ns: int) -> int | None:
-        """See the base; also the end of a change's wait for others."""
+        """See the base; also the end of a change's wait for others, and at once while the peer waits for an answer."""
+        if self._wanted.busy and not self.closed:
+            return now_ns
         due = super().next_deadline(now_ns)
         if due is not None and self._flight and self._due is None and not self._window_full:
             oldest = self._dirty.oldest_ns
@@ -201,6 +213,10 @@ class Sender(Engine):
             reason = wire.parse_resync(frame.body)
             self.counters["resyncs_requested"] += 1
             self.resync(SyncReason(reason) if reason in set(SyncReason) else SyncReason.REQUESTED)
+        elif frame.opcode is Opcode.WANT:
+            keys = codec.parse_want(frame.body)
+            counter = "wanted" if self._wanted.ask(keys, now_ns) else "wanted_unanswered"
+            self.counters[counter] += len(keys)
         else:
             raise ProtocolError(Fault.UNEXPECTED, f"{frame.opcode.name} from a receiver")
 
@@ -271,6 +287,8 @@ class Sender(Engine):
             if self._window_full:
                 return  # a peer that asks for it without end and acknowledges nothing costs no memory
             self._begin_full_sync(self._due, now_ns)
+        if self._wanted.busy:
+            self._give(self._wanted.step(), now_ns)
         while not self._window_full and self._worth_sending(now_ns):
             room = (self.settings.window_bytes - self._flight_bytes) // SIZES[IPV6]
             self._tell(self._dirty.claim(max(1, min(room, CLAIM))))
@@ -278,6 +296,17 @@ class Sender(Engine):
         if self._snapshot is not None and self._end_sequence is None and self._dirty.owed == 0:
             self._end_sequence = self._sequence + 1
             self._send(wire.pack_snapshot_end(self._end_sequence, self._snapshot), _TOLD_NOTHING)
+
+    def _give(self, slots: Slots, now_ns: int) -> None:
+        """Sessions that the peer asked for: told again, and its from now on."""
+        if len(slots) == 0:
+            return
+        self.counters["wanted_found"] += len(slots)
+        if self._picks is not None:
+            if self._asked is None:
+                self._asked = np.zeros(self._table.slots, np.uint32)
+            self._asked[slots] = self._table.generation[slots]
+        self._dirty.mark(slots, now_ns, fresh=True)
 
     def _worth_sending(self, now_ns: int) -> bool:
         changes = self._dirty.changes
@@ -382,6 +411,7 @@ class Sender(Engine):
 
     def _let_go(self, now_ns: int) -> None:
         """What is not acknowledged has not been told."""
+        self._wanted.forget()
         if self._snapshot is not None:
             if self._begin_sequence:
                 self._due, self._snapshot = self.full_sync_reason, None  # perhaps it never heard of it: begin again
@@ -398,7 +428,7 @@ class Sender(Engine):
 class Receiver(Engine):
     """The listening side, one connection: writes what an origin tells into its replica."""
 
-    _COUNTERS = ("frames_received", "records_received", "duplicates", "gaps", "protocol_errors")
+    _COUNTERS = ("frames_received", "records_received", "duplicates", "gaps", "wanted", "protocol_errors")
 
     def __init__(self, replicas: Replicas, settings: LinkSettings | None = None, *, now_ns: int) -> None:
         super().__init__(replicas.me, settings or LinkSettings())
@@ -414,6 +444,14 @@ class Receiver(Engine):
         if not self.closed:
             self._end(Down(why, loss=loss), now_ns)
         self._ready.clear()
+
+    def want(self, keys: codec.FlowKeys) -> bool:
+        """Ask the origin for the sessions of n flows, at most MAX_WANT; False if it could not answer."""
+        if self.closed or self.peer is None or not self.peer.capabilities & wire.WANTS:
+            return False
+        self._ready.append(codec.pack_want(keys))
+        self.counters["wanted"] += len(keys)
+        return True
 
     def report(self) -> Mapping[str, object]:
         """For status and metrics."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 from probes.errors import DpvsProbeError
 from replicator.admin import Line
+from replicator.codec import FlowKeys
 from replicator.discovery.discovery import Discovery
 from replicator.link import Down, Event, Receiver, Sender, Synced, Syncing, Up
 from replicator.membership import GIVEN
@@ -405,6 +406,15 @@ class Links:
         """Our table may have changed."""
         for link in self._outbound:
             link.poke()
+
+    def want(self, keys: FlowKeys) -> int:
+        """Ask all peers that send us their sessions for those of n flows; how many were asked."""
+        asked = 0
+        for link in self._inbound.values():
+            if link.receiver.want(keys):
+                link.driver.wake()
+                asked += 1
+        return asked
 
     def halt(self) -> None:
         """Our table is not to be trusted: no peer hears another word of it."""

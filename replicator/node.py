@@ -18,8 +18,9 @@ import logging
 import os
 import select
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from collector.record import Records
 from collector.table import Applied, SessionTable
 from probes.errors import DpvsProbeError
 from replicator import query
+from replicator.activity import Activity
 from replicator.admin import AdminServer, BadRequest, Line
 from replicator.drill import Drill
 from replicator.links import Links
@@ -38,7 +40,9 @@ from replicator.promotion import Promotion
 from replicator.readiness import Readiness
 from replicator.sources import export, told_by_dpvs
 from replicator.store.keeper import Keeper
+from replicator.summary import summarize
 from replicator.ticker import Ticker
+from replicator.watching import Filter, Watchers, watch
 
 # Between two ticks: events come, came lately, came long ago. Shorter pauses than the first make nothing sooner: at
 # 10 000 sessions a second the processor is then busy all the time.
@@ -48,6 +52,8 @@ PROOF_PAUSE_NS = 100_000_000
 LAST_WORDS_S = 1.0  # for peers, after the DPVS ended
 ADMIN_BLOCK = 1 << 15  # slots looked at for an answer before the loop does something else
 ADMIN_LINES = 500
+TOP_ROWS = 20
+ORPHANS = 1000  # listed, where no limit is asked for
 LONGEST_PROMOTION_S = 50.0  # less than a client of the admin socket waits
 FORGOTTEN = 1 << 16  # changes of a peer's sessions a round, where none is put in
 PROGRESS_S = 0.01  # between two looks at how far a promotion is
@@ -66,6 +72,12 @@ class NotInjecting(DpvsProbeError):
     """There is nothing to promote."""
 
     help_text = "Attach with --listen and without --no-inject."
+
+
+class NoPackets(DpvsProbeError):
+    """Nothing is known of flows."""
+
+    help_text = "Attach with --xdp INTERFACE."
 
 
 class Collector(Protocol):
@@ -121,6 +133,7 @@ class Parts:
     pidfd: int = -1  # readable once the DPVS has ended; -1: nobody watches
     release: Callable[[], None] = lambda: None  # give back what we hold of the DPVS's memory
     prove: Callable[[], bool] | None = None  # whether the layout is proven now; None: it was
+    activity: Activity | None = None  # what packets say of sessions
     about: Mapping[str, Any] = field(default_factory=dict)  # for status: what never changes
     more: Callable[[], Mapping[str, Any]] = dict  # for status: what probes and agent say now
 
@@ -132,6 +145,7 @@ class Node:
         self._parts = parts
         self._clock = clock
         self._table = parts.collector.table
+        self._watchers = Watchers(self._table)
         self._admin = AdminServer(parts.admin_path, self.answer)
         self._began_ns = clock()
         self._busy_ns = clock()
@@ -157,6 +171,8 @@ class Node:
             if watched:
                 loop.add_reader(parts.pidfd, self._on_target_end)
             tasks = [asyncio.create_task(self._tick_loop()), asyncio.create_task(parts.links.run())]
+            if parts.activity is not None:
+                tasks.append(asyncio.create_task(parts.activity.run()))
             for task in tasks:
                 task.add_done_callback(self._on_task_end)
             started()
@@ -261,6 +277,8 @@ class Node:
             parts.keeper.tick(now_ns, proven=self._prove is None)
 
     def _note(self, applied: Applied, now_ns: int) -> None:
+        if self._watchers:
+            self._watchers.note(applied, now_ns)
         if len(applied.created) or len(applied.updated) or len(applied.deleted):
             self._busy_ns = now_ns
 
@@ -277,6 +295,9 @@ class Node:
         error = task.exception()
         if error is not None and not self._target_ended:
             self._done.set_exception(error)
+
+    def _over(self) -> bool:
+        return self._done is None or self._done.done()
 
     def _ended(self) -> bool:
         if self._parts.pidfd < 0:
@@ -320,9 +341,9 @@ class Node:
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    async def answer(self, request: Mapping[str, Any]) -> AsyncIterator[list[Line]]:
+    async def answer(self, request: Mapping[str, Any]) -> AsyncGenerator[list[Line], None]:
         """What the admin socket asks: blocks of lines."""
-        command = request["command"]
+        command, parts = request["command"], self._parts
         if command == "status":
             yield [self.status()]
         elif command == "peers":
@@ -330,6 +351,16 @@ class Node:
         elif command == "sessions":
             async for block in self._sessions(query.Filter.of(request)):
                 yield block
+        elif command == "top":
+            yield [await self._top(query.limit_of(request) or TOP_ROWS)]
+        elif command == "watch":
+            async with aclosing(watch(self._watchers, Filter.of(request), self._clock, self._over)) as blocks:
+                async for block in blocks:
+                    yield block
+        elif command == "orphans":
+            if parts.activity is None:
+                raise NoPackets("this attach looks at no packets")
+            yield list(parts.activity.orphans(query.limit_of(request) or ORPHANS))
         elif command in ("promote", "demote"):
             yield [await self._change_role(command, request.get("wait"))]
         elif command == "drill":
@@ -416,6 +447,17 @@ class Node:
         wait_s = _wait_s(request.get("wait"))
         return await keeper.restore(file, wait_s, partly=request.get("partly") is True, node=node)
 
+    async def _top(self, rows: int) -> Line:
+        """Sessions counted, beside what ``status`` and ``peers`` say; ``rows`` of services and real servers."""
+        table = self._table
+        return {
+            "at_ns": self._clock(),
+            "totals": {"created": table.created, "updated": table.updated, "ended": table.deleted},
+            **(await summarize(table)).result(rows),
+            "peers": self._peers(),
+            "status": self.status(),
+        }
+
     def _peers(self) -> list[Line]:
         injector = self._parts.injector
         rows = self._parts.links.peers(self._clock(), injecting=injector is not None)
@@ -448,12 +490,14 @@ class Node:
             "scans": counters.get("scan_passes", 0),
             "collector": {n: v for n, v in counters.items() if not n.startswith("events") and n != "scan_passes"},
             **parts.more(),
+            "packets": parts.activity.report() if parts.activity is not None else "off",
             "injection": parts.injector.counters() if parts.injector is not None else "off",
             "store": parts.keeper.report() if parts.keeper is not None else {"state": "off"},
             "loop": {"ticks": self.ticks, "longest_tick_ms": round(self.longest_tick_ns / 1e6, 2)},
+            "watchers": len(self._watchers),
         }
 
-    async def _sessions(self, wanted: query.Filter) -> AsyncIterator[list[Line]]:
+    async def _sessions(self, wanted: query.Filter) -> AsyncGenerator[list[Line], None]:
         room = wanted.limit or -1
         sources = [(query.OWN, self._table.records, self._table.present)] if wanted.wants(query.OWN) else []
         for replica in self._parts.links.replicas():
@@ -468,7 +512,11 @@ class Node:
                     found = found[:room]
                     room -= len(found)
                 for first in range(0, len(found), ADMIN_LINES):
-                    yield list(query.describe(found[first : first + ADMIN_LINES], origin))
+                    block = found[first : first + ADMIN_LINES]
+                    lines = list(query.describe(block, origin))
+                    if origin == query.OWN and self._parts.activity is not None:
+                        self._parts.activity.describe(lines, block)
+                    yield lines
                 if room == 0:
                     return
                 await asyncio.sleep(0)

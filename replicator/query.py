@@ -61,10 +61,7 @@ class Filter:
             wanted = int if name == "port" else str
             if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
                 raise BadFilter(f"{name} {value!r} is not a {'number' if wanted is int else 'text'}")
-        limit = request.get("limit") or 0
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-            raise BadFilter(f"limit {limit!r} is not a number of sessions")
-        wanted_filter = cls(**known, limit=limit)
+        wanted_filter = cls(**known, limit=limit_of(request))
         wanted_filter.matches(np.zeros(0, record.RECORD))  # complains now rather than in the middle of an answer
         return wanted_filter
 
@@ -78,7 +75,7 @@ class Filter:
         if self.proto is not None:
             hit &= records["proto"] == protocol_number(self.proto)
         if self.state is not None:
-            hit &= _in_state(records, self.state)
+            hit &= in_state(records, self.state)
         if self.port is not None:
             if not 0 <= self.port <= 65535:
                 raise BadFilter(f"port {self.port} is not between 0 and 65535")
@@ -91,6 +88,14 @@ class Filter:
                 ends.append((side == family) & (records[address] == packed).all(axis=1))
             hit &= np.logical_or.reduce(ends)
         return hit
+
+
+def limit_of(request: Mapping[str, Any]) -> int:
+    """How many lines are asked for at most, 0: all; raises BadFilter."""
+    limit = request.get("limit") or 0
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+        raise BadFilter(f"limit {limit!r} is not a number of sessions")
+    return limit
 
 
 def protocol_number(text: str) -> int:
@@ -116,14 +121,15 @@ def describe(records: Records, origin: str) -> Iterator[dict[str, Any]]:
             "state": record.state_name(int(row["proto"]), int(row["state"])),
         }
         for family, (name, address, port) in zip(families, _ENDS, strict=True):
-            session[name] = _end(family, row[address], int(row[port]))
+            session[name] = end(family, row[address], int(row[port]))
         session["timeout_s"] = int(row["timeout_ms"]) / 1000
         session["worker"] = None if row["worker"] == record.UNKNOWN_WORKER else int(row["worker"])
         session["flags"] = [name for bit, name in FLAG_NAMES.items() if flags & bit]
         yield session
 
 
-def _end(family: int, address: npt.NDArray[np.uint8], port: int) -> str:
+def end(family: int, address: npt.NDArray[np.uint8], port: int) -> str:
+    """An address (16 bytes) and a port as text."""
     if family == record.AF_INET:
         return f"{socket.inet_ntop(socket.AF_INET, address[:4].tobytes())}:{port}"
     return f"[{socket.inet_ntop(socket.AF_INET6, address.tobytes())}]:{port}"
@@ -138,7 +144,8 @@ def _packed(text: str) -> tuple[int, npt.NDArray[np.uint8]]:
     return family, np.frombuffer(address.packed.ljust(16, b"\0"), np.uint8)
 
 
-def _in_state(records: Records, text: str) -> Bools:
+def in_state(records: Records, text: str) -> Bools:
+    """Which of n sessions are in the state of that name; raises BadFilter."""
     wanted = text.upper()
     hit = np.zeros(len(records), np.bool_)
     known = False

@@ -14,16 +14,31 @@ PEER_COLUMNS = (
     "direction", "node", "address", "state", "for_s", "sessions", "waiting", "records", "bytes", "source",
     "note",
 )  # fmt: skip
+ACTIVE_COLUMNS = (*SESSION_COLUMNS, "last_active_s", "packets", "bytes", "tcp_flags")
+ORPHAN_COLUMNS = ("proto", "client", "virtual", "last_active_s", "packets", "bytes", "tcp_flags")
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[str]:
     """A header and one line a row. Widths fit the first thousand rows; a longer cell later pushes its line out."""
     source = ([cell(row.get(column)) for column in columns] for row in rows)
     first = list(islice(source, FIRST_ROWS))
-    header = [column.removesuffix("_s").replace("_", " ").upper() for column in columns]
+    header = [heading(column) for column in columns]
     widths = [max(map(len, column)) for column in zip(header, *first, strict=True)]
     for row in chain([header], first, source):
         yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+
+
+def heading(column: str) -> str:
+    """What stands above a column."""
+    return column.removesuffix("_s").replace("_", " ").upper()
+
+
+def sessions(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """A table of sessions; with what their packets say, where that is known of one of the first."""
+    source = iter(rows)
+    first = list(islice(source, FIRST_ROWS))
+    active = any("last_active_s" in row for row in first)
+    yield from table(chain(first, source), ACTIVE_COLUMNS if active else SESSION_COLUMNS)
 
 
 def cell(value: Any) -> str:

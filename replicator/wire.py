@@ -27,6 +27,9 @@ _HELLO = struct.Struct("<BBBBIQQQQII")  # then the name, then workers u8 where t
 _REFUSE = struct.Struct("<HH")  # then the text
 _SNAPSHOT = struct.Struct("<II")
 _U32 = struct.Struct("<I")
+WANT = struct.Struct("<HH")  # count, 0; then the flows
+WANT_BYTES = 40  # of a flow
+MAX_WANT = 256  # flows in a frame
 
 
 class Opcode(IntEnum):
@@ -39,6 +42,7 @@ class Opcode(IntEnum):
     SNAPSHOT_END = 5
     RESYNC = 6
     REFUSE = 7
+    WANT = 8
     CREATE = 16
     UPDATE = 17
     DELETE = 18
@@ -53,6 +57,7 @@ BODY_BYTES = {
     Opcode.SNAPSHOT_END: (_U32.size, _U32.size),
     Opcode.RESYNC: (_U32.size, _U32.size),
     Opcode.REFUSE: (_REFUSE.size, _REFUSE.size + MAX_TEXT),
+    Opcode.WANT: (WANT.size, WANT.size + MAX_WANT * WANT_BYTES),
     Opcode.CREATE: (8, MAX_BODY),
     Opcode.UPDATE: (8, MAX_BODY),
     Opcode.DELETE: (8, MAX_BODY),
@@ -120,6 +125,7 @@ class Role(IntEnum):
 
 
 LZ4 = 1  # capability: bodies may be LZ4 blocks
+WANTS = 2  # capability: a sender that answers WANT
 
 
 def schema_of(dtype: Any) -> int:

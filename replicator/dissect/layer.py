@@ -119,7 +119,7 @@ class SyncHello(Packet):
         LELongField("instance", 0),
         LELongField("replica", 0),
         LEIntField("slots", 0),
-        FlagsField("capabilities", wire.LZ4, -32, ["LZ4"]),
+        FlagsField("capabilities", wire.LZ4, -32, ["LZ4", "WANTS"]),
         StrLenField("node", b"", length_from=lambda pkt: pkt.name_length),
         StrField("later", b""),
     ]
@@ -184,6 +184,35 @@ class AddressField(Field):
         if getattr(pkt, self._family, None) == AF_INET and not any(x[4:]):
             return socket.inet_ntop(socket.AF_INET, x[:4])
         return socket.inet_ntop(socket.AF_INET6, x)
+
+
+class WantedFlow(Packet):
+    """A flow whose session the receiver asks for: ``FLOW_KEY`` of ``probes.flow``."""
+
+    name = "flow"
+    fields_desc = [
+        AddressField("caddr", "af"),
+        AddressField("vaddr", "af"),
+        ShortField("cport", 0),
+        ShortField("vport", 0),
+        ByteField("proto", record.TCP),
+        ByteEnumField("af", AF_INET, {AF_INET: "inet", AF_INET6: "inet6"}),
+        LEShortField("zero", 0),
+    ]
+
+    def extract_padding(self, s: bytes) -> tuple[bytes, bytes]:
+        return b"", s
+
+
+class SyncWant(Packet):
+    """The receiver asks for the sessions of flows."""
+
+    name = "WANT"
+    fields_desc = [
+        FieldLenField("count", None, count_of="flows", fmt="<H"),
+        LEShortField("zero", 0),
+        PacketListField("flows", [], WantedFlow, count_from=lambda pkt: pkt.count),
+    ]
 
 
 def _record_fields(kind: int) -> list[Field]:
@@ -336,6 +365,7 @@ bind_layers(SyncFrame, SyncSnapshotBegin, opcode=Opcode.SNAPSHOT_BEGIN.value)
 bind_layers(SyncFrame, SyncSnapshotEnd, opcode=Opcode.SNAPSHOT_END.value)
 bind_layers(SyncFrame, SyncResync, opcode=Opcode.RESYNC.value)
 bind_layers(SyncFrame, SyncRefuse, opcode=Opcode.REFUSE.value)
+bind_layers(SyncFrame, SyncWant, opcode=Opcode.WANT.value)
 bind_layers(SyncFrame, SyncCreate, opcode=Opcode.CREATE.value)
 bind_layers(SyncFrame, SyncUpdate, opcode=Opcode.UPDATE.value)
 bind_layers(SyncFrame, SyncDelete, opcode=Opcode.DELETE.value)

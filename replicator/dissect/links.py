@@ -244,6 +244,7 @@ def _explain(seen: Seen, frame: Frame, way: _Way) -> None:
             node=hello.node, role=Role(hello.role).name.lower(), versions=list(hello.versions),
             schema=f"{hello.schema:#010x}", epoch=hello.epoch, instance=hello.instance, replica=hello.replica,
             slots=hello.slots, lz4=bool(hello.capabilities & wire.LZ4),
+            wants=bool(hello.capabilities & wire.WANTS),
         )  # fmt: skip
         if hello.role is Role.SENDER:
             way.slots = hello.slots
@@ -259,6 +260,8 @@ def _explain(seen: Seen, frame: Frame, way: _Way) -> None:
     elif frame.opcode is Opcode.REFUSE:
         reason, text = wire.parse_refuse(body)
         about.update(reason=_name(Reason, reason), text=text)
+    elif frame.opcode is Opcode.WANT:
+        about.update(flows=len(codec.parse_want(body)))
     elif frame.opcode not in (Opcode.ACK, Opcode.HEARTBEAT):
         kind, flags, count, raw = BODY.unpack_from(body)
         about.update(

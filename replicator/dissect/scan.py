@@ -19,6 +19,7 @@ from replicator.wire import ProtocolError as BadFrame
 SEARCH_BYTES = 2 * (HEADER.size + MAX_BODY)  # in these a frame has to begin, wherever the capture began
 _MARK = MAGIC.to_bytes(2, "little") + bytes((VERSION,))
 _WHOLE_PREFIX = HEADER.size + BODY.size
+_NO_SEQUENCE = (Opcode.HELLO, Opcode.HEARTBEAT, Opcode.RESYNC, Opcode.REFUSE, Opcode.WANT)
 _SESSIONS = (Opcode.CREATE, Opcode.UPDATE, Opcode.DELETE)
 # TLS records: handshake, alert, change of cipher, data; version 3.1 to 3.3; at most 2**14 + 2048 bytes (RFC 8446, 5.1).
 _TLS = re.compile(rb"[\x14-\x17]\x03[\x01-\x03]([\x00-\x48].)", re.DOTALL)
@@ -212,7 +213,7 @@ def _plausible(buffer: bytearray, at: int) -> bool | None:
             return False
         if sequence == 0 or (not flags and length != BODY.size + raw):
             return False
-    elif code in (Opcode.HELLO, Opcode.HEARTBEAT, Opcode.RESYNC, Opcode.REFUSE) and sequence:
+    elif code in _NO_SEQUENCE and sequence:
         return False
     follows = at + HEADER.size + length
     behind = bytes(buffer[follows : follows + len(_MARK)])

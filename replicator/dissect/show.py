@@ -98,6 +98,8 @@ def _summary(found: Seen) -> list[str]:
         words.append(f"sync {about['number']},")
     if "reason" in about:
         words.append(f"{about['reason']},")
+    if "flows" in about:
+        words.append(f"{about['flows']} flows,")
     if about.get("text"):
         words.append(f"'{about['text']}',")
     return words

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import lz4.block
 import numpy as np
 
+from probes.flow import FLOW_KEY
 from replicator import codec, wire
+from replicator.codec import FlowKeys
 from replicator.wire import HEADER, SEQUENCED, Hello, Opcode, Role, SyncReason
 from tests.unit.session_records import sessions
 
@@ -231,4 +233,14 @@ def small_frames() -> list[bytes]:
         wire.pack_refuse(wire.Reason.STALE_EPOCH, "a later run is known"),
         wire.pack(Opcode.ACK, 1),
         wire.pack(Opcode.HEARTBEAT),
+        codec.pack_want(wanted(5)),
+        codec.pack_want(wanted(2, ipv6=True)),
     ]
+
+
+def wanted(count: int, *, ipv6: bool = False) -> FlowKeys:
+    """The flows of ``sessions(count)``."""
+    records, keys = sessions(count, ipv6=ipv6), np.zeros(count, FLOW_KEY)
+    for name in ("caddr", "vaddr", "cport", "vport", "proto", "af"):
+        keys[name] = records[name]
+    return keys

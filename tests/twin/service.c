@@ -21,6 +21,40 @@ struct dp_vs_getinfo {
     unsigned int num_lcores;
 };
 
+/* include/conf/service.h, match.h */
+struct dp_vs_services_front {
+    lcoreid_t cid;
+    lcoreid_t index;
+    uint16_t count;
+} __attribute__((aligned(8))); /* as its table of services is */
+
+struct dp_vs_service_compat {
+    int af;
+    uint8_t proto;
+    uint8_t proxy_protocol;
+    uint16_t port;
+    uint32_t fwmark;
+    unsigned flags;
+    unsigned timeout;
+    unsigned conn_timeout;
+    uint32_t netmask;
+    unsigned bps;
+    unsigned limit_proportion;
+    union inet_addr addr;
+    char sched_name[16];
+    uint8_t match[108];
+    unsigned num_dests;
+    unsigned num_laddrs;
+    lcoreid_t cid;
+    lcoreid_t index;
+    struct dp_vs_stats stats;
+    struct dest_check_configs check_conf;
+};
+
+_Static_assert(sizeof(struct dp_vs_service_compat) == 264, "size of dp_vs_service_compat");
+_Static_assert(offsetof(struct dp_vs_service_compat, addr) == 36, "dp_vs_service_compat.addr");
+_Static_assert(offsetof(struct dp_vs_service_compat, stats) == 192, "dp_vs_service_compat.stats");
+
 static struct list_head table[DPVS_MAX_LCORE][BUCKETS];
 static unsigned num_services[DPVS_MAX_LCORE];
 
@@ -255,11 +289,48 @@ void service_json(FILE *out)
     fprintf(out, "]");
 }
 
-/* Of DPVS's service requests only those that ask for the release and the number of services. */
-static int svc_get(sockoptid_t opt, const void *in __rte_unused, size_t inlen __rte_unused, void **out, size_t *outlen)
+/* The master's services, without the workers' counters. Who asks says how many there are, or is refused. */
+static int list_services(const void *in, size_t inlen, void **out, size_t *outlen)
+{
+    const struct dp_vs_services_front *asked = in;
+    struct dp_vs_services_front *front;
+    struct dp_vs_service_compat *entry;
+    struct dp_vs_service *svc;
+
+    *outlen = 0;
+    if (inlen != sizeof(*asked) || asked->index != 0 || asked->count != num_services[g_master_lcore_id])
+        return EDPVS_INVAL;
+    front = *out = rte_zmalloc("get_services", sizeof(*front) + asked->count * sizeof(*entry), 0);
+    if (!front)
+        return EDPVS_NOMEM;
+    *outlen = sizeof(*front) + asked->count * sizeof(*entry);
+    front->cid = (lcoreid_t)g_master_lcore_id;
+    front->count = asked->count;
+    entry = (struct dp_vs_service_compat *)(front + 1);
+    for (int i = 0; i < BUCKETS; i++) {
+        list_for_each_entry (svc, &table[g_master_lcore_id][i], s_list) {
+            entry->af = svc->af;
+            entry->proto = svc->proto;
+            entry->port = svc->port;
+            entry->flags = svc->flags;
+            entry->conn_timeout = svc->conn_timeout;
+            entry->addr = svc->addr;
+            entry->num_dests = svc->num_dests;
+            entry->num_laddrs = svc->num_laddrs;
+            entry->cid = (lcoreid_t)g_master_lcore_id;
+            entry++;
+        }
+    }
+    return EDPVS_OK;
+}
+
+/* Of DPVS's service requests only those that ask for the release, the number of services and their list. */
+static int svc_get(sockoptid_t opt, const void *in, size_t inlen, void **out, size_t *outlen)
 {
     const struct dp_vs_getinfo info = {RELEASE_NUMBER, 0, num_services[g_master_lcore_id], g_slave_lcore_num};
 
+    if (opt == DPVS_SO_GET_SERVICES)
+        return list_services(in, inlen, out, outlen);
     if (opt != DPVS_SO_GET_VERSION && opt != DPVS_SO_GET_INFO)
         return EDPVS_INVAL;
     *outlen = opt == DPVS_SO_GET_VERSION ? 64 : sizeof(info);

@@ -13,6 +13,7 @@ from collector import record
 from collector.collector import Collector
 from collector.record import digest
 from collector.table import SessionTable
+from replicator.activity import Activity, Packets
 from replicator.discovery.discovery import Discovery, source
 from replicator.discovery.source import Myself, Place, name_of
 from replicator.link import Receiver, Sender
@@ -25,7 +26,7 @@ from replicator.transport.address import Address, parse
 from replicator.transport.interface import Backoff
 from replicator.transport.tcp import TcpDialer, TcpListener
 from replicator.transport.tls import Tls, TlsDialer, TlsListener
-from replicator.wire import Hello, Role
+from replicator.wire import LZ4, WANTS, Hello, Role
 from replicator.wire import node_id as id_of
 from tests.unit.simulated_dpvs import MODES, WORKERS, SimulatedDpvs
 
@@ -73,15 +74,17 @@ class SimulatedNode:
         tls: Tls | None = None,
         places: tuple[Place, ...] = (),
         port: int = 0,
+        packets: Packets | None = None,
     ) -> None:
         """``share``: peers that hold each session, if not all; ``tls``: keys of this node, for its links; ``places``:
-        where other peers are found; ``port``: to listen on, where it must be known before.
+        where other peers are found; ``port``: to listen on, where it must be known before; ``packets``: what an
+        interface sees.
         """
         self.name, self.slots = name, slots
         self.dpvs = dpvs or LiveDpvs(slots)
         self.table = SessionTable(slots)
         epoch = time.time_ns()
-        me = Hello(name, epoch, Role.SENDER, slots, instance=epoch)
+        me = Hello(name, epoch, Role.SENDER, slots, instance=epoch, capabilities=LZ4 | WANTS)
         self.replicas = Replicas(Hello(name, epoch, Role.RECEIVER, instance=epoch))
         here = Address(LOCALHOST, port)
         self.listener = TlsListener(here, tls) if tls else TcpListener(here)
@@ -116,10 +119,16 @@ class SimulatedNode:
             make_outbound=lambda address: outbound_to(parse(address)),
             forget=self.table.remove_peer,
         )
+        self.activity: Activity | None = None
+        if packets is not None:
+            self.activity = Activity(
+                packets, self.table, self.links.replicas, lambda: None, ask=self.links.want, look_s=0.05
+            )  # fmt: skip
         self.node = Node(
             Parts(
                 name=name, pid=4711, collector=self.collector, links=self.links, admin_path=self.admin_path,
                 injector=injector, origins=len(peers), pidfd=pidfd, release=self._release, prove=prove,
+                activity=self.activity,
             )
         )  # fmt: skip
         self.task: asyncio.Task[int] | None = None

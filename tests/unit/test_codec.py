@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.record import Records
+from probes.flow import FLOW_KEY
 from replicator import codec
-from replicator.codec import BODY, COMPRESSED, ENDED, IPV4, IPV6
-from replicator.wire import MAX_BODY, Fault, Frame, FrameReader, Opcode, ProtocolError
+from replicator.codec import BODY, COMPRESSED, ENDED, IPV4, IPV6, FlowKeys
+from replicator.wire import HEADER, MAX_BODY, Fault, Frame, FrameReader, Opcode, ProtocolError
 from tests.unit.session_records import random_sessions, sessions
 
 SLOTS = 100_000
@@ -40,6 +41,13 @@ def golden_session(ipv6: bool) -> Records:
     return one
 
 
+def golden_flow() -> FlowKeys:
+    one = np.zeros(1, FLOW_KEY)
+    one["caddr"][0, :4], one["vaddr"][0, :4] = (10, 0, 1, 2), (11, 0, 0, 0)
+    one["cport"], one["vport"], one["proto"], one["af"] = 0x0502, 80, 6, 2
+    return one
+
+
 TAIL = (
     "0502 0050 0502 1f90 905f0100 01 07 08 02"  # ports; timeout; worker, window scales, PROXY version
     "0f070000 1f0d0000 24232221 34333231 01000000 02000000 03000000 04000000"  # fnat_*, sp_*
@@ -61,6 +69,11 @@ GOLDEN = {
     "delete": (
         codec.pack_deletes(7, np.array([1, 0x01020304]), np.array([2, 3], np.uint32)),
         "4450 01 12 18000000 0700000000000000 00 00 0200 10000000 01000000 02000000 04030201 03000000",
+    ),
+    "want": (
+        codec.pack_want(golden_flow()),
+        "4450 01 08 2c000000 0000000000000000 0100 0000"
+        "0a000102000000000000000000000000 0b000000000000000000000000000000 0502 0050 06 02 0000",
     ),
 }
 
@@ -198,3 +211,37 @@ def test_noise_gives_records_or_a_protocol_error(noise: bytes, start: bytes) -> 
     for parse in (codec.parse_records, codec.parse_deletes):
         with contextlib.suppress(ProtocolError):
             parse(start + noise, 1 << 32)
+
+
+@pytest.mark.parametrize("n", [1, 255, 256])
+def test_wanted_flows_there_and_back(n: int) -> None:
+    keys = np.repeat(golden_flow(), n).astype(FLOW_KEY)
+    keys["cport"] = np.arange(n)
+    keys["af"][::2], keys["caddr"][::2, 7] = 10, 9
+    assert (codec.parse_want(codec.pack_want(keys)[HEADER.size :]) == keys).all()
+
+
+def want(**changed: object) -> bytes:
+    one = golden_flow()
+    for name, value in changed.items():
+        one[name] = value
+    return codec.pack_want(one)[HEADER.size :]
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (want(af=3), Fault.RECORD),
+        (want(zero=1), Fault.RECORD),
+        (want(caddr=1), Fault.RECORD),
+        (want(vaddr=1), Fault.RECORD),
+        (want()[:-1], Fault.COUNT),
+        (want() + bytes(40), Fault.COUNT),
+        (b"\0\0\0\0", Fault.COUNT),
+        (b"\1\0\1\0" + want()[4:], Fault.COUNT),
+    ],
+)
+def test_wanted_flows_of_nonsense(data: bytes, fault: Fault) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        codec.parse_want(data)
+    assert caught.value.fault is fault

@@ -314,3 +314,69 @@ class TestWordsOfDpvs:
         with pytest.raises(ControlBroken, match="without end"):
             control.sessions()
         assert len(server.requests) == 5
+
+
+def services_reply(*entries: tuple[int, int, bytes, int]) -> bytes:
+    """The list of services as DPVS packs it; offsets of 1.10.2, include/conf/service.h."""
+    out = struct.pack("<BBH4x", 0, 0, len(entries))
+    for af, proto, address, port in entries:
+        entry = bytearray(264)
+        entry[0:4], entry[4], entry[6:8] = af.to_bytes(4, "little"), proto, port.to_bytes(2, "big")
+        entry[36:52] = address.ljust(16, b"\xee")  # DPVS leaves rubbish behind an IPv4 address
+        out += entry
+    return out
+
+
+GET_SERVICES = 19
+SIX = bytes(range(16))
+LISTED = ((2, 6, b"\x0a\0\0\1", 80), (10, 17, SIX, 443), (2, 6, b"\0\0\0\0", 0), (2, 17, b"\x0a\0\0\1", 0))
+
+
+def services_server(refuse: int = 0, cut: int = 0, said: int = len(LISTED)) -> Handler:
+    """Lists LISTED, but refuses the first ``refuse`` times, and leaves the last ``cut`` bytes out."""
+    left = refuse
+
+    def handler(connection: socket.socket, request: tuple[int, int, int, int], body: bytes) -> None:
+        nonlocal left
+        if request[1] == GET_INFO:
+            connection.sendall(reply(request, struct.pack("<4I", 0x010A02, 0, said, 1)))
+            return
+        assert (request[1], body) == (GET_SERVICES, struct.pack("<BBH4x", 0, 0, said))
+        if left:
+            left -= 1
+            connection.sendall(reply(request, code=-4, text=b"no"))
+            return
+        data = services_reply(*LISTED)
+        connection.sendall(reply(request, data[: len(data) - cut]))
+
+    return handler
+
+
+@pytest.mark.parametrize("refuse", [0, 2])
+def test_services_with_an_address_and_a_port(serve: Serve, refuse: int) -> None:
+    _, client = serve(services_server(refuse))
+    found = client.services()
+    assert found is not None
+    assert found["af"].tolist() == [2, 10]
+    assert found["proto"].tolist() == [6, 17]
+    assert found["port"].tolist() == [80, 443]
+    assert [row.tobytes() for row in found["addr"]] == [b"\x0a\0\0\1".ljust(16, b"\0"), SIX]
+
+
+def test_no_services(serve: Serve) -> None:
+    _, client = serve(services_server(said=0))
+    found = client.services()
+    assert found is not None
+    assert len(found) == 0
+
+
+def test_a_list_of_services_that_is_refused(serve: Serve) -> None:
+    _, client = serve(services_server(refuse=3))
+    with pytest.raises(ControlRefused, match="refused to list its services: no"):
+        client.services()
+
+
+def test_a_list_of_services_that_is_cut(serve: Serve) -> None:
+    _, client = serve(services_server(cut=1))
+    with pytest.raises(ControlBroken, match="4 services but sent 1063 bytes"):
+        client.services()

@@ -30,6 +30,8 @@ from replicator.dissect.layer import (
     SyncSnapshotBegin,
     SyncSnapshotEnd,
     SyncUpdate,
+    SyncWant,
+    WantedFlow,
     bind,
     frames,
     unbind,
@@ -61,6 +63,8 @@ FORGED = {
     / SyncCreate(items=[SessionIPv4(caddr="10.0.1.2", vaddr="11.0.0.0", laddr="12.0.0.0", daddr="13.0.0.0", **TAIL)]),
     "update ipv6": SyncFrame(sequence=6)
     / SyncUpdate(items=[SessionIPv6(caddr="a00::102", vaddr="b00::", laddr="c00::", daddr="d00::", **TAIL)]),
+    "want": SyncFrame()
+    / SyncWant(flows=[WantedFlow(caddr="10.0.1.2", vaddr="11.0.0.0", cport=1282, vport=80, proto=record.TCP)]),
     "delete": SyncFrame(sequence=7)
     / SyncDelete(items=[EndedSession(slot=1, generation=2), EndedSession(slot=0x01020304, generation=3)]),
 }
@@ -72,7 +76,7 @@ def afresh(packet: Packet) -> Packet:
     layer = again
     while layer:
         layer.raw_packet_cache = None
-        for item in getattr(layer, "items", ()):
+        for item in (*getattr(layer, "items", ()), *getattr(layer, "flows", ())):
             item.raw_packet_cache = None
         layer = layer.payload
     return again
@@ -221,7 +225,7 @@ WRONG_HEADERS = {
     "version 0": (SyncFrame(version=0), Fault.VERSION),
     "version 2": (SyncFrame(version=2), Fault.VERSION),
     "opcode 0": (SyncFrame(opcode=0), Fault.OPCODE),
-    "opcode 8": (SyncFrame(opcode=8), Fault.OPCODE),
+    "opcode 9": (SyncFrame(opcode=9), Fault.OPCODE),
     "opcode 19": (SyncFrame(opcode=19), Fault.OPCODE),
     "a body that a heartbeat has not": (SyncFrame(opcode="HEARTBEAT", length=1), Fault.LENGTH),
     "no body where one must be": (SyncFrame(opcode="CREATE", length=0), Fault.LENGTH),

@@ -99,7 +99,7 @@ def header(magic: int = wire.MAGIC, version: int = 1, opcode: int = 2, length: i
         (header(version=2), Fault.VERSION),
         (header(version=0), Fault.VERSION),
         (header(opcode=0), Fault.OPCODE),
-        (header(opcode=8), Fault.OPCODE),
+        (header(opcode=9), Fault.OPCODE),
         (header(opcode=255), Fault.OPCODE),
         (header(opcode=Opcode.ACK, length=1), Fault.LENGTH),
         (header(opcode=Opcode.HELLO, length=3), Fault.LENGTH),
@@ -108,6 +108,7 @@ def header(magic: int = wire.MAGIC, version: int = 1, opcode: int = 2, length: i
         (header(opcode=Opcode.CREATE, length=0xFFFFFFFF), Fault.LENGTH),
         (header(opcode=Opcode.DELETE, length=7), Fault.LENGTH),
         (header(opcode=Opcode.SNAPSHOT_END, length=8), Fault.LENGTH),
+        (header(opcode=Opcode.WANT, length=4 + 257 * 40), Fault.LENGTH),
     ],
 )
 def test_bad_headers_are_refused_before_their_body_comes(data: bytes, fault: Fault) -> None:

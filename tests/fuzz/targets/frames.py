@@ -5,7 +5,7 @@ import random
 import zlib
 from collections.abc import Iterable
 
-from replicator import wire
+from replicator import codec, wire
 from replicator.wire import Frame, FrameReader, Opcode, ProtocolError, Reason, Role, SyncReason
 from tests.fuzz import frames
 from tests.fuzz.judge import SLACK_BYTES, Finding, must, only
@@ -84,6 +84,9 @@ def parse(frame: Frame) -> None:
             must(again[wire.HEADER.size :] == body, "SNAPSHOT_END encodes to what it came from")
         elif frame.opcode is Opcode.RESYNC:
             must(0 <= wire.parse_resync(body) < 1 << 32, "a reason is a number")
+        elif frame.opcode is Opcode.WANT:
+            again = codec.pack_want(codec.parse_want(body))
+            must(again[wire.HEADER.size :] == body, "WANT encodes to what it came from")
         elif frame.opcode in (Opcode.ACK, Opcode.HEARTBEAT) and body:
             raise Finding(f"{frame.opcode.name} with a body")
 
