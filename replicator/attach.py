@@ -207,7 +207,8 @@ class _Attachment:
         )  # fmt: skip
         keeper = Keeper(options.store, me, CLOCK, flush_ns=options.store_flush_ns)
         stack.callback(keeper.close)
-        keeper.look()
+        table = SessionTable(pool.slots)
+        keeper.look(table)
         transport = Transport(
             options.mode,
             tls,
@@ -250,7 +251,6 @@ class _Attachment:
             log.info("agent %s is in DPVS, sessions will be put in", client.door.version)
             await asyncio.sleep(0)
 
-        table = SessionTable(pool.slots)
         ring, lost = (probes.ring(), probes.lost) if probes is not None else (None, None)
         collector = Collector(pool, ring, table, modes=modes, workers=target.workers(), lost=lost)
         governed: Governed | None = None
@@ -268,7 +268,7 @@ class _Attachment:
             injector = Injector(
                 agent, lambda: (*keeper.origins(), *replicas), ownership=ownership, promotion=promotion, workers=workers
             )  # fmt: skip
-        keeper.begin(table, injector)
+        keeper.begin(injector)
 
         def outbound_to(dialer: Dialer) -> Outbound:
             return Outbound(dialer, Sender(table, table.add_peer(dialer.address), me, options.link), CLOCK)

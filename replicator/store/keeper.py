@@ -64,43 +64,45 @@ class Keeper:
 
     # --- the start ---------------------------------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Before anything is touched: read what is there. Raises StoreRefused, StoreUnusable."""
-        if self.path is None:
-            return
-        if not self.path.parent.is_dir():
-            raise StoreUnusable(f"there is no directory {self.path.parent} for a store")
+    def look(self, table: SessionTable) -> None:
+        """Before anything is touched: read what is there, take room for what is to come; ``table``: what will be
+        stored, still empty. Raises StoreRefused, StoreUnusable.
+        """
+        self._table = table
+        if self.path is not None:
+            self._read(self.path)
+            self._writer = self._make(self.path, MARKS, self._flush_ns)
+
+    def _read(self, path: Path) -> None:
+        if not path.parent.is_dir():
+            raise StoreUnusable(f"there is no directory {path.parent} for a store")
         try:
-            self._old_fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._old_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            log.info("store %s is begun", self.path)
+            log.info("store %s is begun", path)
             return
         except OSError as error:
-            raise StoreUnusable(f"{self.path} cannot be read: {error.strerror}") from error
+            raise StoreUnusable(f"{path} cannot be read: {error.strerror}") from error
         if locked(self._old_fd):
-            raise StoreUnusable(f"{self.path} is written by another dpvs-probe", help_text="Give each attach its own.")
+            raise StoreUnusable(f"{path} is written by another dpvs-probe", help_text="Give each attach its own.")
         try:
-            old = read(self.path)
+            old = read(path)
             old.require_node(self._me.node)
             found = self._fit(old)
             old.require_whole()
         except ForeignStore as error:
-            raise ForeignStore(_named(error, self.path), help_text=error.help_text) from error
+            raise ForeignStore(_named(error, path), help_text=error.help_text) from error
         except StoreRefused as error:
-            aside = self.path.with_name(self.path.name + ".refused")
-            os.replace(self.path, aside)
-            log.error("no session comes back: %s; it is now %s", _named(error, self.path), aside)
+            aside = path.with_name(path.name + ".refused")
+            os.replace(path, aside)
+            log.error("no session comes back: %s; it is now %s", _named(error, path), aside)
             return
         self._old = old
         self._take(found, old)
 
-    def begin(self, table: SessionTable, injector: Injector | None) -> None:
-        """The table and the injector are there. Raises StoreUnusable."""
-        self._table, self._injector = table, injector
-        if self.path is not None:
-            self._writer = self._make(self.path, MARKS, self._flush_ns)
-        for restored in self.restored:
-            table.hear(restored.found.claim)
+    def begin(self, injector: Injector | None) -> None:
+        """What can put sessions in, if anything can."""
+        self._injector = injector
 
     def origins(self) -> Sequence[Restored]:
         """For the injector."""
@@ -114,6 +116,8 @@ class Keeper:
             return None
         restored = Restored(found, contents, self._clock())
         self.restored.append(restored)
+        if self._table is not None:
+            self._table.hear(found.claim)
         log.info(
             "%d sessions of this node's earlier DPVS are to come back (%s); %d too old, %d of kinds not put in",
             len(found.records), contents.path, found.expired, found.unfit,
@@ -244,7 +248,6 @@ class Keeper:
             found = self._fit(contents)
         except StoreRefused as error:
             raise type(error)(_named(error, contents.path), help_text=error.help_text) from None
-        self._table.hear(found.claim)
         restored = self._take(found, contents) or Restored(found, contents, self._clock())
         self._injector.promotion.hurry(self._clock())
         deadline = self._clock() + int(wait_s * 1e9)

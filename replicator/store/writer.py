@@ -71,6 +71,7 @@ class Writer:
         self._flush_ns = flush_ns
         self._flusher = ThreadPoolExecutor(1, "store") if flush_ns else None
         self._flushing: Future[None] | None = None
+        self._owed = False
         self.whole = False  # all sessions were written once, and the file has its name
         self.sessions = 0
         self.written = 0  # blocks
@@ -82,7 +83,6 @@ class Writer:
             tail["slot"] = head.slots + np.arange(len(tail))
             numbers = np.arange(head.own_blocks, head.blocks)
             self._put(numbers, pack_blocks(numbers, *rows_of(tail, len(numbers)), self._generation, head.epoch))
-        dirty.owe(table.shared)
 
     @property
     def behind(self) -> int:
@@ -96,7 +96,7 @@ class Writer:
         self._next_ns = now_ns + WRITE_NS
         self._write(CLAIM)
         if not self.whole:
-            if self._dirty.owed == 0 and self._table.complete:
+            if self._all_owed() and self._dirty.owed == 0:
                 self._finish(at)
         elif now_ns >= self._stamp_ns:
             self._stamp_ns = now_ns + STAMP_NS
@@ -110,6 +110,7 @@ class Writer:
     def end(self, at: Instant, *, ended: bool) -> None:
         """Write all that is left. ``ended``: the DPVS is no more, and the table will not change again."""
         if self._table.complete:
+            self._all_owed()
             while self._dirty.pending:
                 self._write(CLAIM)
             if not self.whole:
@@ -157,6 +158,13 @@ class Writer:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self._fresh.unlink(missing_ok=True)
             raise StoreUnusable(f"{self._fresh} cannot be made ({self._head.size} bytes): {error.strerror}") from error
+
+    def _all_owed(self) -> bool:
+        """Once all sessions of DPVS are in the table, all of them are to be written; whether that is so."""
+        if not self._owed and self._table.complete:
+            self._owed = True
+            self._dirty.owe(self._table.shared)
+        return self._owed
 
     def _write(self, most: int) -> None:
         slots = self._dirty.take(most)

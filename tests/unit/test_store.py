@@ -109,6 +109,20 @@ class TestWhatIsWritten:
         assert last.stamp.sessions == table.count
         assert (last.head.node, last.head.slots, last.head.workers) == ("a", SLOTS, 2)
 
+    def test_all_sessions_are_in_it_before_it_gets_its_name(self, path: Path) -> None:
+        """Also where they were found after the file was begun, and are more than are written at once."""
+        table = SessionTable(20_000)
+        writer = a_writer(path, table)
+        for first in range(0, 20_000, 1000):
+            put(table, sessions(1000, first=first))
+        table.complete = True
+        for step in range(1, 100):
+            writer.tick(step * S, now())
+            if path.exists():
+                break
+        assert len(read(path).own) == 20_000
+        writer.close()
+
     def test_an_old_file_stands_until_the_new_one_is_whole(self, stored: Path) -> None:
         table = a_table(sessions(5, first=200))
         table.complete = False
@@ -398,14 +412,19 @@ class TestKeeper:
 
     def test_sessions_of_an_earlier_dpvs(self, stored: Path, me: Hello) -> None:
         keeper = self.keeper(stored, me)
-        keeper.look()
+        table = SessionTable(SLOTS)
+        keeper.look(table)
         (restored,) = keeper.origins()
         assert int(restored.present.sum()) == 100
-        table = a_table(sessions(2, first=250))
-        keeper.begin(table, None)
+        keeper.begin(None)
+        put(table, sessions(2, first=250))
+        keeper.tick(S // 2, proven=True)
+        assert len(read(stored).own) == 100, "what DPVS has is not all read yet"
+        table.complete = True
         keeper.tick(S, proven=False)
         assert len(read(stored).own) == 100, "nothing is told before the layout is proven"
-        keeper.tick(2 * S, proven=True)
+        for step in (2, 3):
+            keeper.tick(step * S, proven=True)
         found = read(stored)
         assert (len(found.own), len(found.waiting)) == (2, 100), "the next start brings them back as well"
         assert keeper.report()["state"] == "kept"
@@ -413,7 +432,7 @@ class TestKeeper:
 
     def test_the_same_dpvs_has_them(self, stored: Path, me: Hello) -> None:
         keeper = self.keeper(stored, Hello("a", 99, slots=SLOTS, instance=7))
-        keeper.look()
+        keeper.look(SessionTable(SLOTS))
         assert keeper.origins() == []
         keeper.close()
 
@@ -421,7 +440,7 @@ class TestKeeper:
         before = stored.read_bytes()
         keeper = self.keeper(stored, Hello("b", 99, slots=SLOTS, instance=8))
         with pytest.raises(ForeignStore, match="it is of node 'a', this is 'b'"):
-            keeper.look()
+            keeper.look(SessionTable(SLOTS))
         keeper.close()
         assert stored.read_bytes() == before
 
@@ -430,28 +449,28 @@ class TestKeeper:
         struct.pack_into("<Q", data, CHECK * 8, 0)
         stored.write_bytes(data)
         keeper = self.keeper(stored, me)
-        keeper.look()
+        keeper.look(SessionTable(SLOTS))
         assert keeper.origins() == []
         keeper.close()
-        assert [path.name for path in stored.parent.iterdir()] == ["a.store.refused"]
+        assert [path.name for path in stored.parent.iterdir()] == ["a.store.refused"], "what was begun is not left"
 
     def test_one_that_is_in_use(self, path: Path, me: Hello) -> None:
         writer = a_writer(path, a_table(sessions(1)))
         drained(writer)
         keeper = self.keeper(path, me)
         with pytest.raises(StoreUnusable, match="another dpvs-probe"):
-            keeper.look()
+            keeper.look(SessionTable(SLOTS))
         keeper.close()
         writer.close()
 
     def test_no_directory(self, tmp_path: Path, me: Hello) -> None:
         with pytest.raises(StoreUnusable, match="no directory"):
-            self.keeper(tmp_path / "none" / "x", me).look()
+            self.keeper(tmp_path / "none" / "x", me).look(SessionTable(SLOTS))
 
     def test_off(self, me: Hello) -> None:
         keeper = self.keeper(None, me)
-        keeper.look()
-        keeper.begin(a_table(sessions(1)), None)
+        keeper.look(SessionTable(SLOTS))
+        keeper.begin(None)
         keeper.tick(S, proven=True)
         assert keeper.report() == {"state": "off"}
         keeper.close()
