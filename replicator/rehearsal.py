@@ -8,6 +8,7 @@ listened on, no peer called; DPVS is asked what ``doctor`` asks it. The sessions
 import asyncio
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +33,14 @@ from probes.errors import DpvsProbeError
 from probes.layout import Layout
 from probes.memory import SessionPool, choose_layout
 from probes.target import Target
-from replicator.attach import XMIT_MODES, Options, credentials, node_name
+from replicator.attach import XMIT_MODES, Options, credentials, instance_of, node_name
 from replicator.discovery.source import name_of
 from replicator.inject import injectable
 from replicator.seal import Party
+from replicator.store.format import ForeignStore, StoreRefused
+from replicator.store.reader import boot_id, now, read
+from replicator.store.restored import fit
+from replicator.store.writer import StoreUnusable
 from replicator.transport.address import Address, reason, resolve
 from replicator.transport.choose import Transport
 
@@ -56,6 +61,8 @@ def rehearse(options: Options) -> Iterator[Check]:
         why = "--no-inject" if not options.inject else "neither --listen nor --store"
         yield Check("agent", True, f"would not be loaded ({why})")
     yield from _links(options)
+    if options.store is not None:
+        yield _store(options, options.store)
     try:
         yield from _sessions(options)
     except DpvsProbeError as error:
@@ -83,6 +90,28 @@ def _links(options: Options) -> Iterator[Check]:
         yield Check("peers from", True, f"{name_of(place)} would be asked")
     if options.listen is not None:
         yield _listen(options.listen)
+
+
+def _store(options: Options, path: Path) -> Check:
+    """What would become of a store: what is there is read, nothing is written."""
+    try:
+        if not path.parent.is_dir():
+            raise StoreUnusable(f"there is no directory {path.parent} for a store")
+        if not path.exists():
+            return Check("store", True, f"{path} would be begun")
+        contents = read(path)
+        contents.require_node(node_name(options.node, credentials(options)))
+        contents.require_whole()
+        with Target.open(options.pid) as target:
+            same = contents.head.instance == instance_of(target)
+        found = fit(contents, boot_id(), now(), own=not same)
+    except StoreRefused as error:
+        if isinstance(error, ForeignStore):
+            return Check("store", False, str(error), error.help_text)
+        return Check("store", None, f"{error}", "It would be put aside, and a new one begun.")
+    except DpvsProbeError as error:
+        return Check("store", False, str(error), error.help_text)
+    return Check("store", True, f"{path}: {len(found.records)} sessions would be put back, {found.expired} are too old")
 
 
 def _listen(where: object) -> Check:
