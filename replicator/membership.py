@@ -62,9 +62,11 @@ class Membership:
         return news
 
     def failed(self, source: str, why: str) -> bool:
-        """That source could not be asked; whether that is news."""
+        """That source could not be asked; whether that is news. Other reasons of one outage are not: each endpoint has
+        its own.
+        """
         entry = self._sources[source]
-        news = entry.trouble != why
+        news = not entry.trouble
         entry.trouble = why
         entry.failures += 1
         return news

@@ -21,7 +21,7 @@ import dns.rdatatype
 import dns.rdtypes.IN.SRV
 
 from replicator.transport import address
-from replicator.transport.address import Address, reason
+from replicator.transport.address import Address, BadAddress, reason
 
 from .source import MAX_LISTED, Myself, SourceFailed, SrvPlace
 
@@ -65,8 +65,10 @@ class SrvSource:
         for record in answer:
             assert isinstance(record, dns.rdtypes.IN.SRV.SRV)
             host = record.target.to_text(omit_final_dot=True)
-            if record.port and host not in ("", ".", "@"):
+            try:
                 found.append(address.parse(str(Address(host, record.port))))
+            except BadAddress:  # the root, port 0 (no such service, RFC 2782), or what is no host name
+                continue
         if not found:
             raise SourceFailed(f"DNS: {self._place.name}: it names nobody")
         if len(found) > MAX_LISTED:
