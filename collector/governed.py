@@ -10,6 +10,7 @@ so whatever happened while nobody was told of it is in the table one walk later.
 import logging
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,6 +77,10 @@ class Governed:
         self._walked = 0  # walks of the scan that have to be over before it slows down
         self.counters = {"attached": 1, "detached_over_budget": 0, "failed": 0}
         self.longest_switch_ns = 0
+
+    def use_budget(self, budget: float) -> None:
+        """Another share of a worker's time from now on; 0 takes the probes away."""
+        self.governor.limits = replace(self.governor.limits, budget=budget)
 
     def tick(self, now_ns: int) -> None:
         """Look at the counters, if it is time, and act on what the governor says."""

@@ -246,6 +246,11 @@ class SessionTable:
         """Nobody takes this peer's marks any more."""
         self._peers.pop(key, None)
 
+    def mark(self, slots: Slots, now_ns: int) -> None:
+        """All peers are to look at these slots (distinct) again, as if their sessions were new."""
+        for dirty in self._peers.values():
+            dirty.mark(slots, now_ns)
+
     def freeze(self) -> None:
         """Keep the table as it is from now on; ``apply`` does nothing more."""
         self.frozen = self.rows_.frozen = True

@@ -37,8 +37,8 @@ class BadRequest(DpvsProbeError):
     """A request that is not one."""
 
     help_text = (
-        "The commands are status, sessions, peers, orphans, top, watch, promote, demote, snapshot, records, drill and"
-        " detach."
+        "The commands are status, sessions, peers, config, orphans, top, watch, promote, demote, snapshot, records,"
+        " drill and detach."
     )
 
 

@@ -9,21 +9,19 @@ and an orderly end leave the same: nothing but a retired agent that refuses. Ste
 import asyncio
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from collector.collector import Collector
 from collector.governed import Governed
 from collector.governor import Limits
 from collector.record import DR, FNAT, NAT, SNAT, TUNNEL
-from collector.rows import require_compiled
 from collector.table import SessionTable
 from probes.agent import loading
 from probes.agent.client import AgentClient
@@ -38,8 +36,10 @@ from probes.proof import LayoutDisproved, Proof, prove
 from probes.sites import session_sites
 from probes.target import Target
 from replicator.activity import Activity
+from replicator.admin import Line
 from replicator.discovery.discovery import Discovery
 from replicator.discovery.source import EtcdPlace, Myself, Place
+from replicator.filters import FilterSettings, SessionFilter
 from replicator.inject import Injector
 from replicator.keyfiles import KeysMissing
 from replicator.keys import KEYS_DIRECTORY
@@ -47,11 +47,13 @@ from replicator.link import LinkSettings, Receiver, Sender
 from replicator.links import Links, Outbound, reach_any
 from replicator.node import Node, Parts
 from replicator.ownership import Ownership
+from replicator.placement import POINTS
 from replicator.promotion import Policy, Promotion
 from replicator.replica import Replicas
 from replicator.rundir import RunDir
 from replicator.seal import Party
-from replicator.sharing import Sharing
+from replicator.settings import Change
+from replicator.sharing import AWAY_NS, Sharing
 from replicator.store.keeper import Keeper
 from replicator.transport.address import Address, BadAddress, resolve
 from replicator.transport.choose import Mode, Transport, Where, parse
@@ -81,11 +83,26 @@ class BadNodeName(DpvsProbeError):
     help_text = f"Give --node 1 to {MAX_NAME} bytes of printable text, different on each node."
 
 
+class Source(Protocol):
+    """Where options come from, and may come from again."""
+
+    def reload(self) -> list[Change]:
+        """Read what can be read again; what has changed. Raises DpvsProbeError, and keeps what it had."""
+
+    def options(self) -> "Options":
+        """What is in force: after ``reload`` the live settings are the new ones, the others as they were."""
+
+    def rows(self) -> list[Line]:
+        """Each setting, for a person."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What the command line asked for."""
 
-    pid: int
+    pid: int = 0  # 0: that of pid_file or process_name
+    pid_file: str | None = None
+    process_name: str | None = None
     mode: Mode = Mode.TCP
     rdma_device: str | None = None
     peers: tuple[Where, ...] = ()
@@ -110,54 +127,71 @@ class Options:
     xdp_mode: str = XdpMode.AUTO
     xdp_flows: int = FLOWS
     version: str = ""
+    filters: FilterSettings = field(default_factory=FilterSettings)
+    hash_points: int = POINTS
+    away_ns: int = AWAY_NS
+    metrics: str | None = None  # where to show them
+    source: Source | None = None
 
 
-def run(options: Options) -> int:
-    """Attach, stay attached, detach; the exit status. Raises DpvsProbeError when it cannot be done."""
-    require_compiled()
-    return asyncio.run(_Attachment(options).run())
-
-
-class _Attachment:
+class Attachment:
     """One attach, from its first check to its last undo."""
 
-    def __init__(self, options: Options) -> None:
-        self._options = options
+    def __init__(self, options: Options, on_node: Callable[[Node], None]) -> None:
+        """``on_node``: told of the node once it runs."""
+        self._options, self._on_node = options, on_node
         self._node: Node | None = None
         self._task: asyncio.Task[Any] | None = None
         self._interrupted = False
+        self._parts: Parts | None = None
         self._tls: Tls | None = None
         self._dates: asyncio.TimerHandle | None = None
+        self._apply: Callable[[Options, Options], None] | None = None  # other live settings, once there is a node
+
+    @property
+    def pid(self) -> int:
+        """Of the DPVS."""
+        return self._options.pid
 
     async def run(self) -> int:
-        loop = asyncio.get_running_loop()
+        """Attach, stay attached, detach; the exit status. Raises DpvsProbeError when it cannot be done."""
         self._task = asyncio.current_task()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
         try:
             async with AsyncExitStack() as stack:
                 node = await self._take_steps(stack)
                 await asyncio.sleep(0)
                 self._node = node
-                status = await node.run(lambda: log.info("attached"))
+                status = await node.run(lambda: self._attached(node))
                 log.info("detaching")
         except asyncio.CancelledError:
             if not self._interrupted:
                 raise
             status = 0
+        finally:
+            if self._dates is not None:
+                self._dates.cancel()
         log.info("detached from pid %d", self._options.pid)
         return status
 
-    def _on_signal(self, name: str) -> None:
-        log.info("%s: stopping", name)
+    def _attached(self, node: Node) -> None:
+        log.info("attached")
+        self._on_node(node)
+
+    def stop(self) -> None:
+        """End ``run`` in order."""
         self._interrupted = True
         if self._node is not None:
             self._node.stop()
         elif self._task is not None:
             self._task.cancel()
 
-    def _reload(self) -> None:
+    def use(self, options: Options) -> None:
+        """What is in force from now on; only live settings differ."""
+        before, self._options = self._options, replace(options, pid=self.pid)
+        if self._apply is not None:
+            self._apply(before, self._options)
+
+    def reload_keys(self) -> None:
         """Read the keys again. What is wrong with the new ones is said, and the old ones stay in use."""
         if self._tls is None:
             log.info("SIGHUP: there are no keys to read again")
@@ -271,12 +305,15 @@ class _Attachment:
         keeper.begin(injector)
 
         def outbound_to(dialer: Dialer) -> Outbound:
-            return Outbound(dialer, Sender(table, table.add_peer(dialer.address), me, options.link), CLOCK)
+            sender = Sender(table, table.add_peer(dialer.address), me, self._options.link)
+            if self._parts is not None:  # it joins a node that runs
+                sender.use_filter(self._parts.filter, self._options.filters.rate)
+            return Outbound(dialer, sender, CLOCK)
 
         outbound = [outbound_to(dialer) for dialer in dialers]
         sharing: Sharing | None = None
         if options.replicas and (options.peers_from or options.replicas < len(outbound)):
-            sharing = Sharing(table, outbound, options.replicas)
+            sharing = Sharing(table, outbound, options.replicas, away_ns=options.away_ns, points=options.hash_points)
         discovery: Discovery | None = None
         if options.peers_from:
             given = [dialer.address for dialer in dialers]
@@ -296,38 +333,64 @@ class _Attachment:
         elif not dialers and discovery is None:
             log.info("neither --peer nor --listen: sessions are only watched")
         activity = Activity(packets, table, links.replicas, control.services, ask=links.want) if packets else None
-        return Node(
-            Parts(
-                name=name,
-                pid=target.pid,
-                collector=collector,
-                links=links,
-                admin_path=options.run_dir.socket_path(target.pid),
-                injector=injector,
-                governed=governed,
-                keeper=keeper,
-                origins=max(1, len(dialers)) if listener is not None else 0,
-                pidfd=target.pidfd,
-                release=pool.close,
-                activity=activity,
-                prove=None if proving.done else proving.again,
-                about={
-                    "exe": target.exe,
-                    "build_id": target.build_id,
-                    "release": release,
-                    "layout": layout.name,
-                    "version": options.version,
-                    "slots": pool.slots,
-                    "memory": "mapped" if pool.shared else "copied",
-                    "listen": listener.address if listener else None,
-                    "links": str(transport),
-                },
-                more=lambda: {
-                    **_more(probes, governed, client),
-                    **({"membership": discovery.report()} if discovery is not None else {}),
-                },
-            )
+        parts = Parts(
+            name=name,
+            pid=target.pid,
+            collector=collector,
+            links=links,
+            admin_path=options.run_dir.socket_path(target.pid),
+            injector=injector,
+            governed=governed,
+            keeper=keeper,
+            origins=max(1, len(dialers)) if listener is not None else 0,
+            pidfd=target.pidfd,
+            release=pool.close,
+            activity=activity,
+            prove=None if proving.done else proving.again,
+            about={
+                "exe": target.exe,
+                "build_id": target.build_id,
+                "release": release,
+                "layout": layout.name,
+                "version": options.version,
+                "slots": pool.slots,
+                "memory": "mapped" if pool.shared else "copied",
+                "listen": listener.address if listener else None,
+                "links": str(transport),
+            },
+            more=lambda: {
+                **_more(probes, governed, client),
+                **({"membership": discovery.report()} if discovery is not None else {}),
+            },
+            settings=lambda: self._options.source.rows() if self._options.source else [],
         )
+        self._parts = parts
+        use_filters(parts, options.filters)
+        self._apply = lambda before, after: apply_live(parts, before, after)
+        return Node(parts)
+
+
+def use_filters(parts: Parts, wanted: FilterSettings) -> None:
+    """Which sessions peers are told of, and how fast, from now on."""
+    chosen = parts.filter.settings if parts.filter is not None else FilterSettings()
+    if replace(chosen, rate=0) != replace(wanted, rate=0):
+        parts.filter = SessionFilter(parts.collector.table, wanted) if wanted.chooses else None
+    for sender in parts.links.senders():
+        sender.use_filter(parts.filter, wanted.rate)
+
+
+def apply_live(parts: Parts, before: Options, after: Options) -> None:
+    """Settings that change while a node runs."""
+    if after.link != before.link:
+        for sender in parts.links.senders():
+            sender.use(after.link)
+    if after.filters != before.filters:
+        use_filters(parts, after.filters)
+    if after.probe_budget != before.probe_budget:
+        if parts.governed is not None:
+            parts.governed.use_budget(after.probe_budget)
+        else:
+            log.warning("there are no probes until the next start, whatever their budget")
 
 
 class Proving:

@@ -19,6 +19,7 @@ from replicator import render
 from replicator.admin import ask
 from replicator.cli_agent import agent
 from replicator.cli_attach import attach
+from replicator.cli_config import config
 from replicator.cli_decode import decode
 from replicator.cli_diff import diff
 from replicator.cli_drill import drill
@@ -45,6 +46,7 @@ def cli() -> None:
 
 cli.add_command(agent)
 cli.add_command(attach)
+cli.add_command(config)
 cli.add_command(keys)
 cli.add_command(decode)
 cli.add_command(snapshot)

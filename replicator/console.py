@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from replicator import systemd
 from replicator.admin import Line, ask
 from replicator.rundir import ENVIRONMENT, RunDir
 
@@ -62,8 +63,12 @@ class PlainFormatter(logging.Formatter):
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """All that the parts have to say goes to standard error, a line each."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PlainFormatter(verbose))
+    """All that the parts have to say goes to standard error, a line each; where that is the journal, with fields."""
+    handler: logging.Handler
+    if systemd.under_journal():
+        handler = systemd.JournalHandler()
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(PlainFormatter(verbose))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -11,6 +11,12 @@ _PER_OCTAVE = 4
 _LEAST_NS = 1_000
 
 
+def upper_ns() -> npt.NDArray[np.float64]:
+    """What the durations in each bucket do not exceed, (128,)."""
+    bounds: npt.NDArray[np.float64] = _LEAST_NS * 2 ** (np.arange(1, _BUCKETS + 1) / _PER_OCTAVE)
+    return bounds
+
+
 class Histogram:
     """Durations in ns; memory and time of an answer do not depend on how many were added."""
 

@@ -35,6 +35,7 @@ from . import codec, packing, wire
 from .codec import ENDED, IPV4, IPV6, SIZES, Buffer
 from .compression import Pays
 from .engine import SECOND, Down, Engine, Event, LinkSettings, State, Synced, Syncing, Up
+from .filters import Rate, SessionFilter
 from .histogram import Histogram
 from .packing import Telling
 from .replica import Generations, LinkRefused, Replica, Replicas
@@ -89,7 +90,10 @@ class Sender(Engine):
         self._table, self._dirty = table, dirty
         self._told = np.zeros(table.slots, np.bool_)  # slots in which the peer may believe a session to be
         self._telling = Telling(words(table.records), table.shared.view(np.uint8), self._told.view(np.uint8))
-        self._picks: Picks | None = None
+        self._picks: Picks | None = None  # what placement and filter say together
+        self._placed: Picks | None = None
+        self._filter: SessionFilter | None = None
+        self._rate = Rate()
         self._wanted = Wanted(table)
         self._asked: Generations | None = None  # the sessions that are the peer's although ``picks`` does not say so
         self._acknowledged = 0
@@ -135,7 +139,29 @@ class Sender(Engine):
         """From now on tell the peer only of those sessions that ``picks`` says (None: of all), and have it drop what it
         holds of others. What is said of a session must not change as long as the session and ``picks`` are the same.
         """
-        self._picks = self._with_asked(picks) if picks is not None else None
+        self._placed = self._with_asked(picks) if picks is not None else None
+        self._choose_anew()
+
+    def use_filter(self, chosen: SessionFilter | None, rate: float = 0.0) -> None:
+        """From now on tell the peer only of what passes, and of no more than ``rate`` sessions a second (0: any)."""
+        if rate != self._rate.per_s:
+            self._rate = Rate(rate)
+        if chosen is not self._filter:
+            self._filter = chosen
+            self._choose_anew()
+
+    def use(self, settings: LinkSettings) -> None:
+        """Other settings, in the middle of it all."""
+        if settings.compress != self.settings.compress:
+            self._compress = Pays(settings.compress)
+        self.settings = settings
+
+    def _choose_anew(self) -> None:
+        placed, chosen = self._placed, self._filter
+        if placed is not None and chosen is not None:
+            self._picks = lambda slots: placed(slots) & chosen(slots)
+        else:
+            self._picks = placed or chosen
         self._due = self._due or SyncReason.SHARED_ANEW
 
     def _with_asked(self, picks: Picks) -> Picks:
@@ -158,6 +184,16 @@ class Sender(Engine):
     def on_the_way(self, size: int, open_ns: int) -> None:
         """What the transport says of it, before acknowledgements are heard; see ``compression``."""
         self._compress.on_the_way(size, open_ns, self._flight_bytes)
+
+    def delay_ns(self, now_ns: int) -> int:
+        """Age of the oldest change, or full sync, that the peer has not acknowledged; 0 if it has everything."""
+        oldest = [self._dirty.oldest_ns] if self._dirty.oldest_ns else []
+        if self._flight:
+            since = self._flight[0].told.since_ns
+            oldest += since[since > 0].tolist()
+        if self._snapshot is not None:
+            oldest.append(self._snapshot_ns)
+        return max(0, now_ns - min(oldest)) if oldest else 0
 
     @property
     def in_flight(self) -> int:
@@ -192,6 +228,8 @@ class Sender(Engine):
         if self._wanted.busy and not self.closed:
             return now_ns
         due = super().next_deadline(now_ns)
+        if due is not None and self._dirty.pending and self._rate.room(now_ns, 1) == 0:
+            return min(due, self._rate.next_ns(now_ns))
         if due is not None and self._flight and self._due is None and not self._window_full:
             oldest = self._dirty.oldest_ns
             if oldest is not None:
@@ -291,7 +329,10 @@ class Sender(Engine):
             self._give(self._wanted.step(), now_ns)
         while not self._window_full and self._worth_sending(now_ns):
             room = (self.settings.window_bytes - self._flight_bytes) // SIZES[IPV6]
-            self._tell(self._dirty.claim(max(1, min(room, CLAIM))))
+            allowed = self._rate.room(now_ns, max(1, min(room, CLAIM)))
+            if allowed == 0:
+                break
+            self._tell(self._dirty.claim(allowed))
         self._compress.waiting(now_ns, held_back=self._window_full and self._dirty.pending > 0)
         if self._snapshot is not None and self._end_sequence is None and self._dirty.owed == 0:
             self._end_sequence = self._sequence + 1
@@ -338,6 +379,7 @@ class Sender(Engine):
         if self._picks is not None:
             taken = self._ours(taken, self._picks)
         n = len(taken.slots)
+        self._rate.said(n)
         sorts, counts = np.empty(n, np.uint8), np.empty(6, np.int64)
         self._telling.sort(taken.slots, taken.fresh.view(np.uint8), sorts, counts)
         numbers = counts.tolist()

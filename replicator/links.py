@@ -10,12 +10,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from probes.errors import DpvsProbeError
 from replicator.admin import Line
 from replicator.codec import FlowKeys
 from replicator.discovery.discovery import Discovery
+from replicator.histogram import Histogram
 from replicator.link import Down, Event, Receiver, Sender, Synced, Syncing, Up
 from replicator.membership import GIVEN
 from replicator.replica import Replica, Replicas
@@ -215,8 +216,8 @@ class Outbound:
         """All that this peer can be told, it has acknowledged; a peer that is not there can be told nothing."""
         return self._connection is None or self.sender.settled
 
-    def row(self, now_ns: int) -> Line:
-        """For the command ``peers``."""
+    def row(self, now_ns: int, *, count: bool = True) -> Line:
+        """For the command ``peers``. Without ``count``, sessions are not counted, which takes time for many."""
         counters, latency = self.sender.counters, self.sender.latency
         connection = self._connection
         return {
@@ -225,10 +226,11 @@ class Outbound:
             "address": self._dialer.address,
             "state": self.sender.state.value if connection else "down",
             "for_s": round((now_ns - self.since_ns) / 1e9, 1),
-            "sessions": self.sender.share_count,
+            "sessions": self.sender.share_count if count else None,
             "waiting": self.sender.pending,
             "records": counters["created"] + counters["updated"] + counters["deleted"],
             "bytes": self._bytes_before + (connection.bytes_sent if connection else 0),
+            "delay_ns": self.sender.delay_ns(now_ns),
             "note": self.note,
             "event_to_peer_p50_ms": round(latency.percentile_ns(50) / 1e6, 3) if latency.count else None,
             "event_to_peer_p99_ms": round(latency.percentile_ns(99) / 1e6, 3) if latency.count else None,
@@ -245,9 +247,9 @@ class Outbound:
             self.node, self.since_ns, self.note, self._said = event.peer.node, now, "", ""
             self._backoff.reset()
             what = "going on where it was" if event.full_sync is None else "it needs all sessions"
-            log.info("peer %s (%s) is up, %s", self.node, self._dialer.address, what)
+            log.info("peer %s (%s) is up, %s", self.node, self._dialer.address, what, extra=self._fields)
         elif isinstance(event, Syncing):
-            log.info("sending all sessions to peer %s: %s", self.node, WHY[event.reason])
+            log.info("sending all sessions to peer %s: %s", self.node, WHY[event.reason], extra=self._fields)
         elif isinstance(event, Synced):
             log.info("peer %s has all %d sessions, after %.0f ms", self.node, event.sessions, event.took_ns / 1e6)
         elif isinstance(event, Down):
@@ -258,13 +260,18 @@ class Outbound:
             else:
                 self._trouble(f"{who} is down: {event.why}")
 
+    @property
+    def _fields(self) -> dict[str, dict[str, str | None]]:
+        """For the journal."""
+        return {"fields": {"PEER": self.node, "PEER_ADDRESS": self._dialer.address}}
+
     def _trouble(self, what: str) -> None:
         if not self.note:
             self.since_ns = self._clock()
         self.note = what
         if what != self._said:
             self._said = what
-            log.warning("%s; trying again until it works", what)
+            log.warning("%s; trying again until it works", what, extra=self._fields)
 
 
 class _Inbound:
@@ -402,6 +409,10 @@ class Links:
         now = self._clock()
         return any(link.address == address and link.down_ns(now) is None for link in self._outbound)
 
+    def senders(self) -> Iterator[Sender]:
+        """To all peers that we dial."""
+        return (link.sender for link in self._outbound)
+
     def poke(self) -> None:
         """Our table may have changed."""
         for link in self._outbound:
@@ -425,11 +436,15 @@ class Links:
         """All peers that are there have acknowledged all there is."""
         return all(link.settled for link in self._outbound)
 
-    def peers(self, now_ns: int, *, injecting: bool) -> list[Line]:
+    def latencies(self) -> dict[str, Histogram]:
+        """Of each peer that we dial: from a change to its acknowledgement."""
+        return {link.address: link.sender.latency for link in self._outbound}
+
+    def peers(self, now_ns: int, *, injecting: bool, count: bool = True) -> list[Line]:
         """One line a link, and one for each replica whose link is gone. ``injecting``: what waits in a replica is taken
-        from there.
+        from there. ``count``: see ``Outbound.row``.
         """
-        rows = [link.row(now_ns) for link in self._outbound]
+        rows = [link.row(now_ns, count=count) for link in self._outbound]
         for row, link in zip(rows, self._outbound, strict=True):
             row["source"] = self._discovery.membership.source_of(link.address) if self._discovery else GIVEN
         if self._sharing is not None:
@@ -450,6 +465,7 @@ class Links:
                 "waiting": replica.pending.pending if injecting else None,
                 "records": sum(replica.counters[name] for name in ("created", "updated", "deleted")),
                 "bytes": arrived.connection.bytes_received if arrived else None,
+                "incomplete": not replica.synced,
                 "note": "" if replica.synced else "not complete",
                 "link": {**replica.counters, **counters},
             }

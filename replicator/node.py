@@ -28,13 +28,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from collector.record import Records
+from collector.record import Bools, Records
 from collector.table import Applied, SessionTable
 from probes.errors import DpvsProbeError
 from replicator import query
 from replicator.activity import Activity
 from replicator.admin import AdminServer, BadRequest, Line
 from replicator.drill import Drill
+from replicator.filters import SessionFilter
+from replicator.histogram import Histogram
 from replicator.links import Links
 from replicator.promotion import Promotion
 from replicator.readiness import Readiness
@@ -115,6 +117,7 @@ class Governed(Protocol):
 
     def tick(self, now_ns: int) -> None: ...
     def status(self) -> dict[str, Any]: ...
+    def use_budget(self, budget: float) -> None: ...
 
 
 @dataclass
@@ -136,6 +139,8 @@ class Parts:
     activity: Activity | None = None  # what packets say of sessions
     about: Mapping[str, Any] = field(default_factory=dict)  # for status: what never changes
     more: Callable[[], Mapping[str, Any]] = dict  # for status: what probes and agent say now
+    filter: SessionFilter | None = None  # which of our sessions peers are told of
+    settings: Callable[[], list[Line]] = list  # for the command config: what is in force
 
 
 class Node:
@@ -158,6 +163,12 @@ class Node:
         self._complete_said = False
         self.ticks = 0
         self.longest_tick_ns = 0
+        self.scan_ns = 0  # spent on the scan
+
+    @property
+    def name(self) -> str:
+        """Of this node."""
+        return self._parts.name
 
     async def run(self, started: Callable[[], None] = lambda: None) -> int:
         """Work until told to stop; ``started`` is called once all is up."""
@@ -250,11 +261,14 @@ class Node:
         """Second half: a slice of the scan, and what that means for peers and for our own DPVS."""
         parts = self._parts
         self._note(parts.collector.scan(now_ns), now_ns)
+        self.scan_ns += self._clock() - now_ns
         if self._table.complete and not self._complete_said:
             self._complete_said = True
             log.info("%d sessions found in DPVS", len(self._table))
         if self._prove is not None and now_ns >= self._prove_at_ns and (len(self._table) or parts.collector.copies):
             self._try_to_prove(self._prove)
+        if parts.filter is not None:
+            parts.filter.tick(now_ns)
         parts.links.poke()
         if not self.readiness.ready and parts.origins:
             self.readiness.expect(parts.links.peers_known)
@@ -348,6 +362,8 @@ class Node:
             yield [self.status()]
         elif command == "peers":
             yield self._peers()
+        elif command == "config":
+            yield self._parts.settings()
         elif command == "sessions":
             async for block in self._sessions(query.Filter.of(request)):
                 yield block
@@ -493,9 +509,28 @@ class Node:
             "packets": parts.activity.report() if parts.activity is not None else "off",
             "injection": parts.injector.counters() if parts.injector is not None else "off",
             "store": parts.keeper.report() if parts.keeper is not None else {"state": "off"},
-            "loop": {"ticks": self.ticks, "longest_tick_ms": round(self.longest_tick_ns / 1e6, 2)},
+            "held_back_by_filter": dict(parts.filter.held_back) if parts.filter is not None else "off",
+            "loop": {
+                "ticks": self.ticks,
+                "longest_tick_ms": round(self.longest_tick_ns / 1e6, 2),
+                "scan_s": round(self.scan_ns / 1e9, 3),
+            },
             "watchers": len(self._watchers),
+            "injections_waiting": sum(replica.pending.pending for replica in parts.links.replicas()),
         }
+
+    def links_now(self) -> list[Line]:
+        """As ``peers`` says it, without what takes time."""
+        return self._parts.links.peers(self._clock(), injecting=self._parts.injector is not None, count=False)
+
+    def latencies(self) -> dict[str, Histogram]:
+        """Of each peer that we send to: from a change to its acknowledgement."""
+        return self._parts.links.latencies()
+
+    def tables(self) -> list[tuple[str, Records, Bools]]:
+        """Each origin of sessions: its name, the rows of its slots, and which of them hold one. Views."""
+        of_peers = [(replica.node, replica.records, replica.present) for replica in self._parts.links.replicas()]
+        return [(query.OWN, self._table.records, self._table.present), *of_peers]
 
     async def _sessions(self, wanted: query.Filter) -> AsyncGenerator[list[Line], None]:
         room = wanted.limit or -1

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from collector.record import Bools, Records, words
 from probes.errors import DpvsProbeError
 
-POINTS = 64  # a peer
+POINTS = 64  # a peer, if nobody says otherwise
 PLACES = 1 << 16
 MAX_PEERS = 64  # bits of a mask
 _BLOCK = 2048  # sessions hashed at once: they and what is made of them stay in the processor's cache
@@ -85,7 +85,7 @@ def places(records: Records) -> Places:
 class Placement:
     """Who holds what among ``peers`` (names, in any order), each session ``replicas`` times; None: everywhere."""
 
-    def __init__(self, peers: Iterable[str], replicas: int | None = None) -> None:
+    def __init__(self, peers: Iterable[str], replicas: int | None = None, points: int = POINTS) -> None:
         given = list(peers)
         self.peers = tuple(sorted(given))
         self.index = {peer: number for number, peer in enumerate(self.peers)}
@@ -100,7 +100,7 @@ class Placement:
         self._table: Masks | None = None
         self._held: dict[str, Bools] = {}
         if self.replicas < len(given):
-            self._table = _ring(self.peers, self.replicas)
+            self._table = _ring(self.peers, self.replicas, points)
 
     @property
     def everywhere(self) -> bool:
@@ -148,9 +148,9 @@ class Placement:
         return np.full(count, self._everybody)
 
 
-def _ring(peers: tuple[str, ...], replicas: int) -> Masks:
+def _ring(peers: tuple[str, ...], replicas: int, many: int) -> Masks:
     """For each place, who holds what is there."""
-    points = sorted((point, number) for number, peer in enumerate(peers) for point in _points(peer))
+    points = sorted((point, number) for number, peer in enumerate(peers) for point in _points(peer, many))
     at = np.array([point >> 48 for point, _ in points], np.int64)
     holders = np.zeros(len(points), np.uint64)
     order = [number for _, number in points]
@@ -166,11 +166,11 @@ def _ring(peers: tuple[str, ...], replicas: int) -> Masks:
     return holders[first % len(points)]
 
 
-def _points(peer: str) -> list[int]:
+def _points(peer: str, many: int) -> list[int]:
     """Where a peer stands: 64-bit numbers, the upper 16 bits are the place."""
     name = peer.encode()
     made = []
-    for number in range(POINTS):
+    for number in range(many):
         digest = hashlib.blake2b(number.to_bytes(4, "little") + name, digest_size=8, person=b"dpvs-probe ring").digest()
         made.append(int.from_bytes(digest, "little"))
     return made

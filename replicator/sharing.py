@@ -19,7 +19,7 @@ from collector.table import SessionTable
 
 from .engine import State
 from .link import Picks, Sender
-from .placement import Placement
+from .placement import POINTS, Placement
 
 AWAY_NS = 10_000_000_000
 
@@ -39,9 +39,20 @@ class Link(Protocol):
 class Sharing:
     """Tells the sender of each link which sessions are its peer's."""
 
-    def __init__(self, table: SessionTable, links: Sequence[Link], replicas: int, *, away_ns: int = AWAY_NS) -> None:
-        """``links``: to all peers, none of them connected yet. Raises BadPlacement."""
+    def __init__(
+        self,
+        table: SessionTable,
+        links: Sequence[Link],
+        replicas: int,
+        *,
+        away_ns: int = AWAY_NS,
+        points: int = POINTS,
+    ) -> None:
+        """``links``: to all peers, none of them connected yet; ``points``: that each has on the ring. Raises
+        BadPlacement.
+        """
         self._table, self._links, self.replicas, self._away_ns = table, list(links), replicas, away_ns
+        self._points = points
         self.members = {link.address for link in links}  # peers that count when the others' shares are made
         self._shared: dict[str, Placement] = {}
         self._alone_ns = 0  # when no member was there last
@@ -87,7 +98,7 @@ class Sharing:
             before = self._shared.get(link.address)
             if before is not None and frozenset(before.peers) == wanted:
                 continue
-            placement = made.setdefault(wanted, Placement(wanted, self.replicas))
+            placement = made.setdefault(wanted, Placement(wanted, self.replicas, self._points))
             self._shared[link.address] = placement
             if before is None and placement.everywhere:
                 continue

@@ -92,6 +92,12 @@ def keepalived() -> str | None:
     return None if os.access("/usr/sbin/keepalived", os.X_OK) else "keepalived is not installed: ./scripts/setup"
 
 
+def prometheus() -> str | None:
+    from tests.lab.prometheus import is_there
+
+    return None if is_there() else "Prometheus is not fetched: ./scripts/setup"
+
+
 CHECKS: dict[str, Callable[[], str | None]] = {
     "netns": netns,
     "bpf": bpf,
@@ -102,4 +108,5 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "fuzz": fuzz,
     "members": members,
     "keepalived": keepalived,
+    "prometheus": prometheus,
 }

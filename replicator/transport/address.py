@@ -58,6 +58,11 @@ def parse(text: str, *, listen: bool = False) -> Address:
     return Address(host, int(port_text))
 
 
+def metrics_address(text: str) -> Address:
+    """Where to show metrics: as ``parse`` for listening, or a port alone, which is on the loopback interface."""
+    return parse(f"127.0.0.1:{text}" if text.isdigit() else text, listen=True)
+
+
 async def resolve(address: Address) -> None:
     """Make sure that the host of a peer resolves; raises UnknownHost."""
     try:

@@ -277,9 +277,10 @@ class Attached:
         self.node = node
         number = len(list(node.directory.glob("probe-*.log")))
         self.log = node.directory / f"probe-{number}.log"
+        which: tuple[str, ...] = () if "--pid-file" in arguments else ("--pid", str(node.pid))
         self.process = Process(
             f"dpvs-probe on node {node.name}",
-            [*node.attach_command(), "attach", "--pid", str(node.pid), "--node", node.name, *arguments],
+            [*node.attach_command(), "attach", "--config", "/dev/null", *which, "--node", node.name, *arguments],
             self.log,
             enter=node.network.enter_in_child(node.name),
             env={"DPVS_PROBE_RUNDIR": str(node.run_directory)},
