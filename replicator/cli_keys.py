@@ -62,7 +62,10 @@ def issue(node: str, directory: Path, *, out: Path | None, days: int, addresses:
     made = k.issue(directory, node, out, days=days, addresses=addresses, force=force)
     until = f"{made.description.not_after:%Y-%m-%d}"
     click.echo(f"keys of node {node} are in {made.directory}, valid until {until}")
-    click.echo(f"  Copy them: scp -rp {made.directory}/. root@{node}:{k.KEYS_DIRECTORY}")
+    to = f"root@{node}"
+    click.echo(
+        f"  Copy them: ssh {to} mkdir -p {k.KEYS_DIRECTORY} && scp -rp {made.directory}/. {to}:{k.KEYS_DIRECTORY}"
+    )
 
 
 @keys.command()

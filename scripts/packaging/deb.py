@@ -178,6 +178,7 @@ def install_rest(root: Path) -> None:
     documents = root / DOCUMENTS
     put(documents / "copyright", copyright_of(root))
     packed(documents / "changelog.gz", (ROOT / "CHANGELOG.md").read_bytes())
+    (root / "etc" / PROGRAM).mkdir(parents=True)  # keys come here, from another machine
     for path in ROOT.glob("README*.md"):
         put(documents / path.name, path.read_text())
     sources = (

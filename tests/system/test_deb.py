@@ -88,6 +88,16 @@ def test_doctor_finds_everything(root: FreshRoot, pair: Pair) -> None:
     assert "attach would work" in done.stdout
 
 
+def test_keys_made_elsewhere_find_their_place(root: FreshRoot) -> None:
+    """As the words say that ``keys issue`` prints; here is no scp, and cp takes the same paths."""
+    said(root, "dpvs-probe", "keys", "init", "--dir", "/root/authority", "--name", "east")
+    lines = said(root, "dpvs-probe", "keys", "issue", "lb1", "--dir", "/root/authority").splitlines()
+    words = lines[-1].replace("ssh root@lb1 ", "").replace("scp", "cp").replace("root@lb1:", "").partition(": ")[2]
+    said(root, "sh", "-ec", words)
+    assert "fit together" in said(root, "dpvs-probe", "keys", "show")
+    said(root, "rm", "-r", "/etc/dpvs-probe/keys", "/root/authority")
+
+
 def test_purge_leaves_nothing(root: FreshRoot) -> None:
     said(root, "dpkg", "--purge", "dpvs-probe")
     assert said(root, "find", "/", "-xdev", "-name", "*dpvs*probe*") == ""
