@@ -88,6 +88,12 @@ def test_doctor_finds_everything(root: FreshRoot, pair: Pair) -> None:
     assert "attach would work" in done.stdout
 
 
+def test_unit_and_configuration_are_there(root: FreshRoot) -> None:
+    said(root, "test", "-f", "/usr/lib/systemd/system/dpvs-probe.service")
+    assert "/etc/dpvs-probe.conf" in said(root, "dpkg-query", "--show", "-f", "${Conffiles}", "dpvs-probe")
+    said(root, "dpvs-probe", "config", "check")
+
+
 def test_keys_made_elsewhere_find_their_place(root: FreshRoot) -> None:
     """As the words say that ``keys issue`` prints; here is no scp, and cp takes the same paths."""
     said(root, "dpvs-probe", "keys", "init", "--dir", "/root/authority", "--name", "east")
