@@ -317,10 +317,11 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _compile(flags: list[str], program: str = "session") -> Any:
-    """The program compiled with the first set of headers that works; a bcc.BPF."""
+def _compile(flags: list[str], program: str = "session", *, source: bytes | None = None) -> Any:
+    """A program of ours, or ``source``, compiled with the first set of headers that works; a bcc.BPF."""
     bcc = _import_bcc()
-    source = resources.files("probes").joinpath(f"bpf/{program}.bpf.c").read_bytes()
+    if source is None:
+        source = resources.files("probes").joinpath(f"bpf/{program}.bpf.c").read_bytes()
     if os.environ.get(SOURCE_VARIABLE) or kernel_headers():
         try:
             return _build(bcc, source, flags, None)

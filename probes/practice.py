@@ -29,11 +29,11 @@ REGISTERS = (
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
-_RET = b"\xc3"
+_FUNCTION = bytes.fromhex("55 5d c3")  # push rbp; pop rbp; ret
 _ENTER = bytes.fromhex("53 55 4154 4155 4156 4157 57 56")  # push rbx, rbp, r12-r15, count, session
 _LEAVE = bytes.fromhex("5e 5f 415f 415e 415d 415c 5d 5b c3")
 _COUNT_DOWN = bytes.fromhex("48ff4c2408")  # dec qword [rsp+8]
-# An instruction of each kind, and what undoes it. A call goes to the first byte of the code, which returns.
+# An instruction of each kind, and what undoes it. A call has a function of its own.
 _SAMPLES: dict[Kind, tuple[bytes, bytes]] = {
     "nop5": (bytes.fromhex("0f1f440000"), b""),
     "nop": (b"\x90", b""),
@@ -67,29 +67,34 @@ def assumed(sites: Sequence[Site]) -> Costs:
 
 
 class Loop(NamedTuple):
-    """One function of the practice code: where it begins and where its probed instruction is, from the start of it."""
+    """One loop of the practice code, by offsets: where it is entered, its instruction, the function that that calls."""
 
     function: int
     site: int
+    called: int = -1
 
 
 def code_for(sites: Sequence[tuple[Kind, str]]) -> tuple[bytes, list[Loop]]:
     """Machine code with a loop for each (kind of instruction, register that holds the session there)."""
-    code = bytearray(_RET.ljust(16, b"\xcc"))
+    code = bytearray()
     loops = []
     for kind, register in sites:
+        called = -1
+        if kind == "call":
+            called = len(code)
+            code += _FUNCTION.ljust(16, b"\xcc")
         function = len(code)
         load = _load(register)
         site = function + len(_ENTER) + len(load)
         if kind == "call":
-            instruction, after = b"\xe8" + struct.pack("<i", -(site + 5)), b""
+            instruction, after = b"\xe8" + struct.pack("<i", called - (site + 5)), b""
         else:
             instruction, after = _SAMPLES[kind]
         body = load + instruction + after + _COUNT_DOWN
         back = b"\x0f\x85" + struct.pack("<i", -(len(body) + 6))  # jnz
         code += _ENTER + body + back + _LEAVE
         code += b"\xcc" * (-len(code) % 16)
-        loops.append(Loop(function, site))
+        loops.append(Loop(function, site, called))
     return bytes(code), loops
 
 

@@ -30,6 +30,7 @@ _IOC_ENABLE, _IOC_DISABLE, _IOC_SET_BPF = 0x2400, 0x2401, 0x40042408
 _SYS_BPF = 321  # x86-64
 _LINK_CREATE = 28
 TRACE_UPROBE_MULTI = 48  # enum bpf_attach_type: what a program for ``MultiUprobe`` is loaded as
+_RETURN = 1  # in perf_event_attr.config, and BPF_F_UPROBE_MULTI_RETURN
 _LINK_ATTR = struct.Struct("<4I4Q3I4x")  # union bpf_attr, link_create, uprobe_multi
 
 
@@ -70,8 +71,9 @@ def supported() -> bool:
 class Uprobe:
     """One attached program. ``Uprobe(prog_fd, pid, path, offset)`` attaches, ``close`` detaches."""
 
-    def __init__(self, prog_fd: int, pid: int, path: str, offset: int) -> None:
-        self.fd = _open(pid, path, offset)
+    def __init__(self, prog_fd: int, pid: int, path: str, offset: int, *, on_return: bool = False) -> None:
+        """``on_return``: the place is a function's entry, and the program runs when it returns: dearer, for benches."""
+        self.fd = _open(pid, path, offset, _RETURN if on_return else 0)
         try:
             fcntl.ioctl(self.fd, _IOC_SET_BPF, prog_fd)
             fcntl.ioctl(self.fd, _IOC_ENABLE, 0)
@@ -97,14 +99,24 @@ class MultiUprobe:
     ``cookies``: what ``bpf_get_attach_cookie`` says at each of ``offsets``.
     """
 
-    def __init__(self, prog_fd: int, pid: int, path: str, offsets: Sequence[int], cookies: Sequence[int]) -> None:
+    def __init__(
+        self,
+        prog_fd: int,
+        pid: int,
+        path: str,
+        offsets: Sequence[int],
+        cookies: Sequence[int],
+        *,
+        on_return: bool = False,
+    ) -> None:
         count = len(offsets)
         name = ctypes.create_string_buffer(os.fsencode(path))
         where, what = (ctypes.c_uint64 * count)(*offsets), (ctypes.c_uint64 * count)(*cookies)
         attr = ctypes.create_string_buffer(
             _LINK_ATTR.pack(
                 prog_fd, 0, TRACE_UPROBE_MULTI, 0,
-                ctypes.addressof(name), ctypes.addressof(where), 0, ctypes.addressof(what), count, 0, pid,
+                ctypes.addressof(name), ctypes.addressof(where), 0, ctypes.addressof(what), count,
+                _RETURN if on_return else 0, pid,
             ),
             _LINK_ATTR.size,
         )  # fmt: skip
@@ -124,14 +136,14 @@ class MultiUprobe:
         self.close()
 
 
-def _open(pid: int, path: str, offset: int) -> int:
+def _open(pid: int, path: str, offset: int, config: int) -> int:
     try:
         source = int(_TYPE.read_text())
     except (FileNotFoundError, ValueError):
         raise ProbeFailed("this kernel has no uprobes (no event source 'uprobe' in /sys)") from None
     name = ctypes.create_string_buffer(os.fsencode(path))
     attr = _Attr(
-        type=source, size=ctypes.sizeof(_Attr), sample_period=1, wakeup_events=1,
+        type=source, size=ctypes.sizeof(_Attr), config=config, sample_period=1, wakeup_events=1,
         uprobe_path=ctypes.addressof(name), probe_offset=offset,
     )  # fmt: skip
     # Arguments: the process, any CPU, no group.
