@@ -38,7 +38,7 @@ class Limits:
     budget: float = 0.05
     window_ns: int = SECOND
     sample_ns: int = 10 * MS  # how finely the window moves
-    reaction_ns: int = 20 * MS  # from an order to detach until no hit costs any more, and until the next look
+    reaction_ns: int = 40 * MS  # from a look to the next, and from an order to detach until no hit costs any more
     calm: float = 0.5  # of the budget: below it the probes may come back
     calm_ns: int = SECOND  # the scan's view of the rate is taken over so long
     first_pause_ns: int = SECOND
