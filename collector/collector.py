@@ -10,7 +10,7 @@ Rules:
   handshake, whose state and sequence delta nothing announces.
 - The scan walks the whole pool in slices. It finds what was there before us, what an event was lost for, and what
   changes without one: states, sequence fields, and a client port that got its TIME_WAIT session back. It compares a
-  few words of each slot with what they were on the walk before; only what differs is read, and an eighth of the rest.
+  few words of each slot with what they were on the walk before; only what differs is read, and a part of the rest.
   Where it is alone, no event telling of creations and ends, it walks as often as it can at a fifth of our time.
 - A new generation: the slot was free; or its tuple is another; or an event later than the row's birth says that a
   session was made or freed there. The same tuple with other sequence numbers and no event is an update.
@@ -34,6 +34,7 @@ from .table import BLOCK, NO_SLOTS, NOTHING, Applied, Bytes, SessionTable, Times
 
 SPARSE = 16  # a slice with less than one session in so many slots is read without comparing
 THOROUGH_BLOCK = 512  # neighbours that are read whole on the same walk
+THOROUGH_LARGE = 8  # in large pools so many times more rarely
 
 MS, SECOND = 1_000_000, 1_000_000_000
 
@@ -102,7 +103,7 @@ class Settings:
         self.young_each_tick = young_each_tick  # looks a tick that no event asked for, at most
         self.drain_events = drain_events  # taken from the ring a tick, at most
         self.slice_least = slice_least  # less than that is not worth a look
-        self.thorough_each = thorough_each  # a walk reads one in so many whole, another one each time
+        self.thorough_each = thorough_each  # a usual walk reads one in so many whole, another one each time
         self.alone_least_ns = alone_least_ns  # one walk without events takes so long at least,
         self.alone_slot_ns = alone_slot_ns  # and for each slot so long
 
@@ -253,17 +254,37 @@ class Collector:
     def _worth_a_look(self, first: int, end: int) -> Bools:
         """Which slots from ``first`` to before ``end`` may hold something else than the table says."""
         part = slice(first, end)
-        slots = np.arange(first, end)
-        used: Bools = self._pool.live(slots) | self.table.present[part] | ((self._notes[part] & notes.COPY) != 0)
-        if int(np.count_nonzero(used)) * SPARSE < end - first:
-            self._prints[part] = 0
-            return used  # so few that reading them costs less than comparing all
+        used: Bools = self.table.present[part] | ((self._notes[part] & notes.COPY) != 0)
+        dense = int(np.count_nonzero(used)) * SPARSE >= end - first
+        if self._hurry or not dense:
+            used |= self._pool.live(np.arange(first, end))
+            if int(np.count_nonzero(used)) * SPARSE < end - first:
+                self._prints[part] = 0
+                return used  # so few that reading them costs less than comparing all
         hot = self._pool.scan_hot(first, end)
         prints = (hot @ self._weights[: hot.shape[1]] >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
-        thorough = np.asarray(((slots // THOROUGH_BLOCK) + self._passes) % self.settings.thorough_each == 0)
-        differs = thorough | (prints != self._prints[part]) if not self._hurry else np.True_
+        differs: Bools = prints != self._prints[part]
         self._prints[part] = prints
-        return np.asarray(used & differs)
+        if self._hurry:
+            return used
+        looked = used & (differs | self._thorough(first, end))
+        if dense:  # nobody has asked yet whether there is a session where there was none
+            new = np.flatnonzero(differs & ~used)
+            looked[new] = self._pool.live(new + first)
+        return looked
+
+    def _thorough(self, first: int, end: int) -> Bools:
+        """Which slots from ``first`` to before ``end`` this walk reads whole, whatever the words say.
+
+        Walks that come more often read no more in all.
+        """
+        settings, small = self.settings, self._pool.slots <= self.settings.small_slots
+        usual = settings.pass_small_ns if small else settings.pass_large_ns
+        each = max(1, settings.thorough_each * (1 if small else THOROUGH_LARGE) * usual // max(1, self._period_ns))
+        blocks = np.arange(first // THOROUGH_BLOCK, -(-end // THOROUGH_BLOCK))
+        chosen = (blocks + self._passes) % each == 0
+        skip = first % THOROUGH_BLOCK
+        return np.repeat(chosen, THOROUGH_BLOCK)[skip : skip + end - first]
 
     def _hear(self) -> Slots:
         """Take events from the ring and note what they say; the distinct slots they name, with _HEARD set."""

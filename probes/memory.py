@@ -72,8 +72,8 @@ _INNER = {"timer": "dpvs_timer", "fnat_seq": "dp_vs_seq", "syn_proxy_seq": "dp_v
 _LOOSE = {
     "refcnt", "timer_handler", "timeout_s", "timeout_us", "lcore", "rs_end_seq", "rs_end_ack", "control", "n_control",
 }  # fmt: skip
-# What a scan compares: tuple ports, sequence deltas, state and flags.
-_HOT = ("cport", "fnat_seq_isn", "fnat_seq_fdata_seq", "flags")
+# What a scan compares: client address (part of it) and all ports, sequence deltas, state and flags.
+_HOT = ("caddr", "cport", "fnat_seq_isn", "fnat_seq_fdata_seq", "flags")
 
 
 def field_offset(layout: Layout, name: str) -> int:
@@ -233,7 +233,7 @@ class SessionPool:
         return live
 
     def scan_hot(self, first: int = 0, last: int | None = None) -> Words:
-        """Shape (n, 4) uint64 of the slots [first, last): ports, two sequence words, flags and state, as they lie.
+        """Shape (n, 5) uint64 of the slots [first, last): client, ports, sequence words, flags and state, as they lie.
 
         Made to be compared with the scan before: a word that differs is a session that changed. ``hot_flags`` and
         ``hot_live`` read the last column.

@@ -254,7 +254,7 @@ class TestReading:
             own.session(slot, flags=0x1305 if slot % 2 else 0x1205)
         with opened(tmp_path, target, own) as pool:
             before = pool.scan_hot()
-            assert before.shape == (100, 4)
+            assert before.shape == (100, 5)
             assert (pool.hot_live(before) == (np.arange(100) % 2 == 1)).all()
             assert set(pool.hot_flags(before).tolist()) == {0x1305, 0x1205}
             assert (pool.scan_hot(10, 20) == before[10:20]).all()
@@ -262,7 +262,8 @@ class TestReading:
             own.set(12, fnat_seq=bytes(16))
             own.set(13, lport=(9).to_bytes(2, "big"))
             own.set(14, rs_end_seq=77, refcnt=2)  # what every packet moves is no change
-            assert np.flatnonzero((pool.scan_hot() != before).any(axis=1)).tolist() == [11, 12, 13]
+            own.set(15, caddr=b"\x0a\1\0\6")
+            assert np.flatnonzero((pool.scan_hot() != before).any(axis=1)).tolist() == [11, 12, 13, 15]
 
     def test_other_memory(self, tmp_path: Path, target: Target, shared: bool) -> None:
         own = OwnPool(tmp_path, shared=shared)
