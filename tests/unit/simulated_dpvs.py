@@ -122,9 +122,10 @@ class SimulatedDpvs:
 
     def scan_hot(self, first: int, last: int) -> Words:
         conns = self.conns[first:last]
-        hot = np.zeros((len(conns), 3), np.uint64)
+        hot = np.zeros((len(conns), 4), np.uint64)
         hot[:, 0], hot[:, 1] = conns["cport"], conns["fnat_seq_isn"].astype(np.uint64) << 32 | conns["fnat_seq_delta"]
         hot[:, 2] = conns["flags"].astype(np.uint64) << 16 | conns["state"]
+        hot[:, 3] = np.ascontiguousarray(conns["caddr"][:, :8]).view(np.uint64)[:, 0]
         return hot
 
     def live(self, slots: Slots) -> Bools:
