@@ -53,7 +53,9 @@ def stored(node: Node) -> int:
     return int(said["sessions"]) if said.get("whole") and not said["behind"] else -1
 
 
-def restart(pair: Pair, name: str = "a", *, how: int = signal.SIGTERM, crash: bool = False) -> Restart:
+def restart(
+    pair: Pair, name: str = "a", *, how: int = signal.SIGTERM, crash: bool = False, options: tuple[str, ...] = ()
+) -> Restart:
     """Stop the DPVS of a node by a signal, start another, attach as before; ``crash``: dpvs-probe is killed as well."""
     node = pair.nodes[name]
     done, began = Restart(), time.monotonic()
@@ -69,7 +71,7 @@ def restart(pair: Pair, name: str = "a", *, how: int = signal.SIGTERM, crash: bo
     done.ended = time.monotonic() - began
     pair.start(name)
     done.up = time.monotonic() - began
-    new = attach(node)
+    new = attach(node, *options)
     ready = node.command("ready", "--wait", READY_S)
     if ready.returncode != 0:
         raise LabError(f"{ready.stdout}{ready.stderr}{new.process.tail()}")
