@@ -92,6 +92,10 @@ TABLE = (
     Kind("dpvs_injected_sessions", GAUGE, (), "Sessions of peers that stand in our DPVS because of us."),
     Kind("dpvs_injections_waiting", GAUGE, (), "Sessions of peers that are to be put into DPVS and are not yet."),
     Kind("dpvs_injection_stopped", GAUGE, (), "1 if nothing more is put into DPVS because of an error."),
+    Kind("dpvs_store_up", GAUGE, (), "1 while this node's own sessions are kept in a store, whole (--store)."),
+    Kind("dpvs_store_sessions", GAUGE, (), "Sessions in the store."),
+    Kind("dpvs_store_restored_sessions", GAUGE, ("result",),
+         "Sessions of an earlier DPVS on this node: in_dpvs, unsettled (not back yet), expired or not_to_be_put_in."),
     Kind("dpvs_agent_state", GAUGE, ("state",), "1 for the state of the agent inside DPVS."),
     Kind("dpvs_probe_info", GAUGE, ("node", "version", "dpvs", "layout", "links"), "1; what runs here."),
     Kind("dpvs_probe_attached", GAUGE, (), "1 while attached to a DPVS; 0 while waiting for one."),
@@ -311,6 +315,14 @@ def of_status(status: Line) -> Iterator[Metric]:
         yield family("dpvs_injections_waiting", ((), status["injections_waiting"]))
         yield family("dpvs_injection_stopped", ((), injection["stopped"] is not None))
         yield family("dpvs_probe_promoted", ((), injection["role"] != "standby"))
+    store = status["store"]
+    if store["state"] != "off":
+        yield family("dpvs_store_up", ((), store["state"] == "kept"))
+        yield family("dpvs_store_sessions", ((), store.get("sessions", 0)))
+    if "restored" in store:
+        results = ("in_dpvs", "unsettled", "expired", "not_to_be_put_in")
+        counts = ((result, sum(one[result] for one in store["restored"])) for result in results)
+        yield family("dpvs_store_restored_sessions", *(((result,), count) for result, count in counts))
     if "state" in status.get("agent", {}):
         yield family("dpvs_agent_state", ((status["agent"]["state"],), 1))
 

@@ -30,13 +30,18 @@ from replicator.exporter import Exporter
 from replicator.keyfiles import KeysError
 from replicator.node import TARGET_ENDED, Node
 from replicator.rundir import AlreadyAttached, BadRunDir
+from replicator.store.format import ForeignStore
+from replicator.store.writer import StoreUnusable
 from replicator.transport.interface import CannotListen
 
 LOOK_S = 0.2  # between two looks for a DPVS
 STARTING_S = 60.0  # that a DPVS takes at most until all is there
 AGAIN_S = 0.5  # between two attempts at one that is starting
 # Where a DPVS that gets ready would change nothing.
-HOPELESS = (NeedRoot, LayoutDisproved, KeysError, BadNodeName, AlreadyAttached, BadRunDir, CannotListen)
+HOPELESS = (
+    NeedRoot, LayoutDisproved, KeysError, BadNodeName, AlreadyAttached, BadRunDir, CannotListen, ForeignStore,
+    StoreUnusable,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
