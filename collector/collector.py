@@ -11,7 +11,7 @@ Rules:
 - The scan walks the whole pool in slices. It finds what was there before us, what an event was lost for, and what
   changes without one: states, sequence fields, and a client port that got its TIME_WAIT session back. It compares a
   few words of each slot with what they were on the walk before; only what differs is read, and a part of the rest.
-  Where it is alone, no event telling of creations and ends, it walks as often as it can at a fifth of our time.
+  Where it is alone, no event telling of creations and ends, it walks as often as half of our time lets it.
 - A new generation: the slot was free; or its tuple is another; or an event later than the row's birth says that a
   session was made or freed there. The same tuple with other sequence numbers and no event is an update.
 - A session with flag INJECTED was put in for a peer. As long as it waits for its first packet it is a copy: counted,
@@ -92,10 +92,10 @@ class Settings:
         slice_least: int = 1 << 9,
         thorough_each: int = 8,
         alone_least_ns: int = 20 * MS,
-        alone_slot_ns: int = 200,
+        slot_ns: int = 400,
     ) -> None:
         self.pass_small_ns = pass_small_ns  # one walk over a pool of up to small_slots
-        self.pass_large_ns = pass_large_ns  # one walk over any larger pool
+        self.pass_large_ns = pass_large_ns  # one walk over any larger pool, or slot_ns a slot if that is more
         self.small_slots = small_slots
         self.slice_slots = slice_slots  # looked at in one go, at most
         self.slice_busy = slice_busy  # the same while events come, which shall not wait for it
@@ -104,8 +104,8 @@ class Settings:
         self.drain_events = drain_events  # taken from the ring a tick, at most
         self.slice_least = slice_least  # less than that is not worth a look
         self.thorough_each = thorough_each  # a usual walk reads one in so many whole, another one each time
-        self.alone_least_ns = alone_least_ns  # one walk without events takes so long at least,
-        self.alone_slot_ns = alone_slot_ns  # and for each slot so long
+        self.alone_least_ns = alone_least_ns  # one walk without events, at least
+        self.slot_ns = slot_ns  # no walk is to take less for each slot: about half of that is its processor time
 
 
 class Collector:
@@ -215,11 +215,16 @@ class Collector:
 
     @property
     def _period_ns(self) -> int:
+        settings, usual = self.settings, self._usual_ns
+        return min(usual, max(settings.alone_least_ns, settings.slot_ns * self._pool.slots)) if self.alone else usual
+
+    @property
+    def _usual_ns(self) -> int:
+        """One walk while events come."""
         settings, slots = self.settings, self._pool.slots
-        usual = settings.pass_small_ns if slots <= settings.small_slots else settings.pass_large_ns
-        if not self.alone:
-            return usual
-        return min(usual, max(settings.alone_least_ns, settings.alone_slot_ns * slots))
+        if slots <= settings.small_slots:
+            return settings.pass_small_ns
+        return max(settings.pass_large_ns, settings.slot_ns * slots)
 
     def _slice_end(self, now_ns: int) -> int:
         """Where the walk should be by now; the cursor itself when too little is due to be worth a call."""
@@ -279,8 +284,8 @@ class Collector:
         Walks that come more often read no more in all.
         """
         settings, small = self.settings, self._pool.slots <= self.settings.small_slots
-        usual = settings.pass_small_ns if small else settings.pass_large_ns
-        each = max(1, settings.thorough_each * (1 if small else THOROUGH_LARGE) * usual // max(1, self._period_ns))
+        each = settings.thorough_each * (1 if small else THOROUGH_LARGE)
+        each = max(1, each * self._usual_ns // max(1, self._period_ns))
         blocks = np.arange(first // THOROUGH_BLOCK, -(-end // THOROUGH_BLOCK))
         chosen = (blocks + self._passes) % each == 0
         skip = first % THOROUGH_BLOCK

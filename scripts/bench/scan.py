@@ -138,7 +138,7 @@ def paced(walker: Walker, walk_s: float) -> Callable[[float], None]:
 def beside(walker: Walker, load: Load, rounds: int, seconds: float) -> None:
     """Print how much slower the worker is beside each."""
     settings, slots = walker.collector.settings, walker.pool.slots
-    alone_s = max(settings.alone_least_ns, settings.alone_slot_ns * slots) / 1e9
+    alone_s = max(settings.alone_least_ns, settings.slot_ns * slots) / 1e9
     ways: dict[str, Callable[[float], None]] = {
         "the scan, a walk a second": paced(walker, settings.pass_large_ns / 1e9),
         f"the scan without probes, a walk each {1000 * alone_s:.0f} ms": paced(walker, alone_s),
