@@ -60,7 +60,7 @@ from replicator.transport.choose import Mode, Transport, Where, parse
 from replicator.transport.interface import PEER_TIMEOUT_S, Dialer, Listener
 from replicator.transport.tls import Tls
 from replicator.trial import tried_first
-from replicator.wire import LZ4, MAX_NAME, WANTS, Hello, Role
+from replicator.wire import LZ4, MAX_NAME, WANTS, ZSTD, Hello, Role
 
 XMIT_MODES = {
     "dp_vs_xmit_nat": NAT,
@@ -275,7 +275,7 @@ class Attachment:
         else:
             log.info("no probes: the scan works alone")
         await asyncio.sleep(0)
-        replicas = Replicas(Hello(name, me.epoch, Role.RECEIVER, instance=me.instance))
+        replicas = Replicas(Hello(name, me.epoch, Role.RECEIVER, instance=me.instance, capabilities=LZ4 | ZSTD))
         client: AgentClient | None = None
         injector: Injector | None = None
         modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}

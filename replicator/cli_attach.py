@@ -80,8 +80,9 @@ STATES = tuple(dict.fromkeys(TCP_STATES + UDP_STATES))
     help="Longest wait of a change for others, in milliseconds.",
 )  # fmt: skip
 @click.option(
-    "--compress", cls=Live, type=click.Choice(["auto", "lz4", "none"]), default="auto", show_default=True,
-    help="LZ4 on links: auto, when a link is too slow for what there is to say; always; never.",
+    "--compress", cls=Live, type=click.Choice(["auto", "lz4", "zstd", "none"]), default="auto", show_default=True,
+    help="auto: LZ4 when a link is too slow for what there is to say; lz4, zstd: always; none: never. zstd packs"
+    " tighter for more processor time; a peer that does not understand it gets LZ4.",
 )  # fmt: skip
 @click.option(
     "--heartbeat", type=Seconds(0.1, 60), default=1.0, show_default=True, metavar="SECONDS",
@@ -284,7 +285,8 @@ class Given:
             link=LinkSettings(
                 batch_changes=values["sync_batch_size"],
                 batch_ns=values["sync_interval"] * 1_000_000,
-                compress={"auto": None, "lz4": True, "none": False}[values["compress"]],
+                compress={"auto": None, "none": False}.get(values["compress"], True),
+                zstd=values["compress"] == "zstd",
                 heartbeat_ns=int(values["heartbeat"] * 1e9),
                 down_ns=int(values["heartbeat_timeout"] * 1e9),
             ),

@@ -2,29 +2,28 @@
 """Sessions to bodies of frames and back, a block at a time.
 
 Rules: a body is kind u8, flags u8, count u16, raw length u32 and then ``count`` items of one size, as they are or as
-one LZ4 block. Kind 4: records with 4-byte addresses (both families IPv4), 96 bytes. Kind 6: records as they are, 144
-bytes. Kind 0: slot and generation of sessions that ended, 8 bytes. The raw length must be count times size, and is
-checked before anything is unpacked. What a peer sends is checked for all that indexing with it relies on.
+one block of LZ4 or Zstandard. Kind 4: records with 4-byte addresses (both families IPv4), 96 bytes. Kind 6: records as
+they are, 144 bytes. Kind 0: slot and generation of sessions that ended, 8 bytes. The raw length must be count times
+size, and is checked before anything is unpacked. What a peer sends is checked for all that indexing with it relies on.
 """
 
 import struct
 from collections.abc import Iterator
 
-import lz4.block
 import numpy as np
 import numpy.typing as npt
 
 from collector.record import AF_INET, AF_INET6, RECORD, Records, Slots, words
 from probes.flow import FLOW_KEY
 
-from . import packing
+from . import blocks, packing
 from .packing import Telling
 from .wire import HEADER, MAGIC, MAX_BODY, VERSION, WANT, WANT_BYTES, Fault, Opcode, ProtocolError, pack
 
 BODY = struct.Struct("<BBHI")
 IPV4, IPV6, ENDED = 4, 6, 0
 SIZES = {IPV4: 96, IPV6: RECORD.itemsize, ENDED: 8}
-COMPRESSED = 1
+COMPRESSED = blocks.LZ4  # flag of a body; blocks.ZSTD is the other one
 PAYS_BELOW = 0.9  # compressed bodies larger than that share of the plain one are sent plain
 MAX_COUNT = 0xFFFF
 
@@ -45,7 +44,7 @@ def batches(kind: int, n: int, body_bytes: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def pack_records(opcode: Opcode, sequence: int, records: Records, kind: int, *, compress: bool = False) -> Buffer:
+def pack_records(opcode: Opcode, sequence: int, records: Records, kind: int, *, compress: int = blocks.PLAIN) -> Buffer:
     """A CREATE or UPDATE frame of n records, all of one kind."""
     n = len(records)
     nobody = np.zeros(n, np.uint8)
@@ -54,7 +53,7 @@ def pack_records(opcode: Opcode, sequence: int, records: Records, kind: int, *, 
 
 
 def pack_rows(
-    opcode: Opcode, sequence: int, rows: Telling, slots: Slots, kind: int, *, compress: bool = False
+    opcode: Opcode, sequence: int, rows: Telling, slots: Slots, kind: int, *, compress: int = blocks.PLAIN
 ) -> Buffer:
     """A CREATE or UPDATE frame of n rows of a table, all of one kind."""
     n = len(slots)
@@ -74,17 +73,17 @@ def pack_deletes(sequence: int, slots: Slots, generations: npt.NDArray[np.uint32
     pairs = frame[_PREFIX:].view(np.uint32).reshape(n, 2)
     pairs[:, 0] = slots
     pairs[:, 1] = generations
-    return _finish(frame, Opcode.DELETE, sequence, ENDED, compress=False)
+    return _finish(frame, Opcode.DELETE, sequence, ENDED, compress=blocks.PLAIN)
 
 
-def _finish(frame: npt.NDArray[np.uint8], opcode: Opcode, sequence: int, kind: int, *, compress: bool) -> Buffer:
+def _finish(frame: npt.NDArray[np.uint8], opcode: Opcode, sequence: int, kind: int, *, compress: int) -> Buffer:
     raw = len(frame) - _PREFIX
     n = raw // SIZES[kind]
     if compress:
-        block: bytes = lz4.block.compress(frame[_PREFIX:].data, store_size=False)
+        block = blocks.pack(compress, frame[_PREFIX:].data)
         if len(block) < raw * PAYS_BELOW:
             header = HEADER.pack(MAGIC, VERSION, opcode, BODY.size + len(block), sequence)
-            return header + BODY.pack(kind, COMPRESSED, n, raw) + block
+            return header + BODY.pack(kind, compress, n, raw) + block
     HEADER.pack_into(frame.data, 0, MAGIC, VERSION, opcode, BODY.size + raw, sequence)
     BODY.pack_into(frame.data, HEADER.size, kind, 0, n, raw)
     return frame.data
@@ -126,14 +125,12 @@ def _open(body: bytes, kinds: tuple[int, ...]) -> tuple[int, int, bytes | memory
         if len(block) != raw:
             raise ProtocolError(Fault.COUNT, f"{len(block)} bytes of items where {raw} are announced")
         return kind, n, block
-    if flags != COMPRESSED:
+    if flags not in (blocks.LZ4, blocks.ZSTD):
         raise ProtocolError(Fault.COMPRESSION, f"flags {flags:#x}")
     try:
-        payload: bytes = lz4.block.decompress(block, uncompressed_size=raw)
-    except (lz4.block.LZ4BlockError, ValueError, MemoryError):
-        raise ProtocolError(Fault.COMPRESSION, "an LZ4 block that cannot be unpacked") from None
-    if len(payload) != raw:
-        raise ProtocolError(Fault.COMPRESSION, f"an LZ4 block of {len(payload)} bytes where {raw} are announced")
+        payload = blocks.unpack(flags, block, raw)
+    except blocks.BadBlock as error:
+        raise ProtocolError(Fault.COMPRESSION, str(error)) from None
     return kind, n, payload
 
 

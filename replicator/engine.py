@@ -30,6 +30,7 @@ class LinkSettings:
     heartbeat_ns: int = SECOND
     down_ns: int = 3 * SECOND  # without any frame from the peer
     compress: bool | None = None  # None: when it pays
+    zstd: bool = False  # by Zstandard, where the peer understands it, instead of LZ4
 
 
 class Up(NamedTuple):

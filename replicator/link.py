@@ -31,7 +31,7 @@ import numpy as np
 from collector.record import Bools, Slots, words
 from collector.table import Dirty, SessionTable, Taken
 
-from . import codec, packing, wire
+from . import blocks, codec, packing, wire
 from .codec import ENDED, IPV4, IPV6, SIZES, Buffer
 from .compression import Pays
 from .engine import SECOND, Down, Engine, Event, LinkSettings, State, Synced, Syncing, Up
@@ -219,6 +219,7 @@ class Sender(Engine):
             "full_sync_ns": self.last_sync_ns,
             "latency": self.latency.report(),
             "compressing": self._compress.on,
+            "compression": blocks.NAMES[self._format if self._compress.on else blocks.PLAIN],
             "compression_trials": self._compress.trials,
             "held_back_bytes_per_s": self._compress.bytes_per_s,
         }
@@ -386,7 +387,7 @@ class Sender(Engine):
         if numbers[packing.ENDED]:
             gone = _chosen(taken, sorts == packing.ENDED)
             self._say_ended(gone, self._table.generation[gone.slots])
-        compress = self._compress.on and self.peer is not None and bool(self.peer.capabilities & wire.LZ4)
+        compress = self._format if self._compress.on else blocks.PLAIN
         for sort, kind, opcode, counter in _SORTS:
             count = numbers[sort]
             if count == 0:
@@ -399,6 +400,14 @@ class Sender(Engine):
                     opcode, self._sequence + 1, self._telling, batch.slots, kind, compress=compress
                 )  # fmt: skip
                 self._send(frame, batch, len(batch.slots) * SIZES[kind])
+
+    @property
+    def _format(self) -> int:
+        """How frames to this peer may be compressed."""
+        understood = self.peer.capabilities if self.peer is not None else 0
+        if self.settings.zstd and understood & wire.ZSTD:
+            return blocks.ZSTD
+        return blocks.LZ4 if understood & wire.LZ4 else blocks.PLAIN
 
     def _share(self) -> Bools:
         """What the peer is to hold: one flag a slot."""

@@ -126,6 +126,7 @@ class Role(IntEnum):
 
 LZ4 = 1  # capability: bodies may be LZ4 blocks
 WANTS = 2  # capability: a sender that answers WANT
+ZSTD = 4  # capability: bodies may be Zstandard frames
 
 
 def schema_of(dtype: Any) -> int:

@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
 
-import lz4.block
 from scapy.fields import (
     ByteEnumField,
     ByteField,
@@ -48,8 +47,8 @@ from scapy.packet import Packet, Raw, bind_bottom_up, bind_layers, split_bottom_
 
 from collector import record
 from collector.record import AF_INET, AF_INET6, RECORD
-from replicator import query, wire
-from replicator.codec import COMPRESSED, ENDED, IPV4, IPV6, SIZES
+from replicator import blocks, query, wire
+from replicator.codec import ENDED, IPV4, IPV6, SIZES
 from replicator.wire import HEADER, MAX_BODY, Opcode, Reason, Role, SyncReason
 
 
@@ -119,7 +118,7 @@ class SyncHello(Packet):
         LELongField("instance", 0),
         LELongField("replica", 0),
         LEIntField("slots", 0),
-        FlagsField("capabilities", wire.LZ4, -32, ["LZ4", "WANTS"]),
+        FlagsField("capabilities", wire.LZ4, -32, ["LZ4", "WANTS", "ZSTD"]),
         StrLenField("node", b"", length_from=lambda pkt: pkt.name_length),
         StrField("later", b""),
     ]
@@ -301,24 +300,22 @@ class KindField(ByteEnumField):
 
 
 class ItemsField(PacketListField):
-    """The items of a body, or one LZ4 block of them. What does not fit its announcement is left alone: Raw."""
+    """The items of a body, or one compressed block of them. What does not fit its announcement is left alone: Raw."""
 
     def addfield(self, pkt: Packet, s: bytes, val: Iterable[Any]) -> bytes:
         raw = b"".join(map(bytes, val))
-        packed = lz4.block.compress(raw, store_size=False) if pkt.getfieldval("flags") & COMPRESSED else raw
-        return s + bytes(packed)
+        flags = int(pkt.getfieldval("flags"))
+        return s + (blocks.pack(flags, raw) if flags in (blocks.LZ4, blocks.ZSTD) else raw)
 
     def getfield(self, pkt: Packet, s: bytes) -> tuple[bytes, list[Packet]]:
         item, raw_length = ITEMS.get(pkt.kind), pkt.raw_length
         if item is None or raw_length > MAX_BODY or raw_length != pkt.count * SIZES[pkt.kind]:
             return s, []
         rest, data = b"", s
-        if pkt.flags == COMPRESSED:
+        if pkt.flags in (blocks.LZ4, blocks.ZSTD):
             try:
-                data = lz4.block.decompress(s, uncompressed_size=raw_length)
-            except (lz4.block.LZ4BlockError, ValueError, MemoryError):
-                return s, []
-            if len(data) != raw_length:
+                data = blocks.unpack(int(pkt.flags), s, raw_length)
+            except blocks.BadBlock:
                 return s, []
         elif pkt.flags != 0:
             return s, []
@@ -332,7 +329,7 @@ class ItemsField(PacketListField):
 def _sessions_fields(otherwise: int) -> list[Field]:
     return [
         KindField("kind", otherwise),
-        FlagsField("flags", 0, 8, ["LZ4"]),
+        FlagsField("flags", 0, 8, ["LZ4", "ZSTD"]),
         FieldLenField("count", None, count_of="items", fmt="<H"),
         FieldLenField("raw_length", None, length_of="items", fmt="<I"),
         ItemsField("items", [], ITEMS[otherwise]),
@@ -340,7 +337,7 @@ def _sessions_fields(otherwise: int) -> list[Field]:
 
 
 class SyncCreate(Packet):
-    """Sessions that the receiver may not know. ``flags="LZ4"`` compresses them."""
+    """Sessions that the receiver may not know. ``flags="LZ4"`` or ``"ZSTD"`` compresses them."""
 
     name = "CREATE"
     fields_desc = _sessions_fields(IPV4)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from collector.record import Records
-from replicator import codec, wire
-from replicator.codec import BODY, COMPRESSED, ENDED, IPV4, IPV6
+from replicator import blocks, codec, wire
+from replicator.codec import BODY, ENDED, IPV4, IPV6
 from replicator.wire import HEADER, SEQUENCED, Frame, Opcode, ProtocolError, Reason, Role, SyncReason
 
 from .reassembly import Direction, Piece
@@ -244,6 +244,7 @@ def _explain(seen: Seen, frame: Frame, way: _Way) -> None:
             node=hello.node, role=Role(hello.role).name.lower(), versions=list(hello.versions),
             schema=f"{hello.schema:#010x}", epoch=hello.epoch, instance=hello.instance, replica=hello.replica,
             slots=hello.slots, lz4=bool(hello.capabilities & wire.LZ4),
+            zstd=bool(hello.capabilities & wire.ZSTD),
             wants=bool(hello.capabilities & wire.WANTS),
         )  # fmt: skip
         if hello.role is Role.SENDER:
@@ -265,7 +266,8 @@ def _explain(seen: Seen, frame: Frame, way: _Way) -> None:
     elif frame.opcode not in (Opcode.ACK, Opcode.HEARTBEAT):
         kind, flags, count, raw = BODY.unpack_from(body)
         about.update(
-            count=count, kind=KINDS.get(kind, str(kind)), raw_bytes=raw, compressed=bool(flags & COMPRESSED)
+            count=count, kind=KINDS.get(kind, str(kind)), raw_bytes=raw, compressed=flags != blocks.PLAIN,
+            **({"compression": blocks.NAMES[flags].lower()} if flags in (blocks.LZ4, blocks.ZSTD) else {}),
         )  # fmt: skip
         if frame.opcode is Opcode.DELETE:
             slots, generations = codec.parse_deletes(body, way.slots)

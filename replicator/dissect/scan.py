@@ -12,7 +12,8 @@ import re
 from enum import Enum
 from typing import NamedTuple
 
-from replicator.codec import BODY, COMPRESSED, SIZES
+from replicator import blocks
+from replicator.codec import BODY, SIZES
 from replicator.wire import BODY_BYTES, HEADER, MAGIC, MAX_BODY, VERSION, Fault, Frame, FrameReader, Opcode
 from replicator.wire import ProtocolError as BadFrame
 
@@ -209,7 +210,7 @@ def _plausible(buffer: bytearray, at: int) -> bool | None:
         if len(buffer) - at < _WHOLE_PREFIX:
             return None
         kind, flags, count, raw = BODY.unpack_from(buffer, at + HEADER.size)
-        if raw != count * SIZES.get(kind, 0) or not 0 < raw <= MAX_BODY or flags not in (0, COMPRESSED):
+        if raw != count * SIZES.get(kind, 0) or not 0 < raw <= MAX_BODY or flags not in blocks.NAMES:
             return False
         if sequence == 0 or (not flags and length != BODY.size + raw):
             return False

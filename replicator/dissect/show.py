@@ -88,7 +88,7 @@ def _clock(time_ns: int) -> str:
 def _summary(found: Seen) -> list[str]:
     about = found.about
     if "count" in about:
-        packed = f"lz4 of {about['raw_bytes']}" if about["compressed"] else ""
+        packed = f"{about.get('compression', '?')} of {about['raw_bytes']}" if about["compressed"] else ""
         what = "ends" if about["kind"] == "ended" else f"{about['kind']} sessions"
         return [word for word in (f"{about['count']} {what},", packed) if word]
     if "node" in about:

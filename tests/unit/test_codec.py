@@ -8,12 +8,14 @@ import struct
 import lz4.block
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.record import Records
 from probes.flow import FLOW_KEY
 from replicator import codec
+from replicator.blocks import ZSTD
 from replicator.codec import BODY, COMPRESSED, ENDED, IPV4, IPV6, FlowKeys
 from replicator.wire import HEADER, MAX_BODY, Fault, Frame, FrameReader, Opcode, ProtocolError
 from tests.unit.session_records import random_sessions, sessions
@@ -94,6 +96,16 @@ def test_records_there_and_back(seed: int, n: int, ipv6: bool, compress: bool) -
     assert codec.parse_records(frame.body, SLOTS).tobytes() == records.tobytes()
 
 
+def test_zstandard_there_and_back_and_tighter_than_lz4() -> None:
+    for kind, records in ((IPV4, sessions(700)), (IPV6, sessions(700, ipv6=True))):
+        sizes = {}
+        for how in (0, COMPRESSED, ZSTD):
+            frame = frame_of(codec.pack_records(Opcode.UPDATE, 3, records, kind, compress=how))
+            assert codec.parse_records(frame.body, SLOTS).tobytes() == records.tobytes()
+            sizes[how] = len(frame.body)
+        assert sizes[ZSTD] < sizes[COMPRESSED] < sizes[0]
+
+
 def test_ipv4_fits_the_wide_kind_as_well() -> None:
     records = sessions(3)
     body = frame_of(codec.pack_records(Opcode.CREATE, 1, records, IPV6)).body
@@ -149,6 +161,10 @@ def lz4_of(raw: bytes) -> bytes:
     return bytes(lz4.block.compress(raw, store_size=False))
 
 
+def zstd_of(raw: bytes, **how: bool) -> bytes:
+    return bytes(zstandard.ZstdCompressor(**how).compress(raw))
+
+
 ONE = raw_of(sessions(1))
 BOMB = lz4_of(bytes(MAX_BODY * 4))
 
@@ -172,6 +188,15 @@ BOMB = lz4_of(bytes(MAX_BODY * 4))
         (body(IPV4, COMPRESSED, 1, 96, lz4_of(ONE + b"x")), Fault.COMPRESSION),
         (body(IPV4, COMPRESSED, 1, 96, BOMB), Fault.COMPRESSION),
         (body(IPV4, COMPRESSED, 65535, 65535 * 96, BOMB), Fault.COUNT),
+        (body(IPV4, ZSTD, 1, 96, b""), Fault.COMPRESSION),
+        (body(IPV4, ZSTD, 1, 96, lz4_of(ONE)), Fault.COMPRESSION),
+        (body(IPV4, ZSTD, 1, 96, zstd_of(ONE[:-1])), Fault.COMPRESSION),
+        (body(IPV4, ZSTD, 1, 96, zstd_of(ONE + b"x")), Fault.COMPRESSION),
+        (body(IPV4, ZSTD, 1, 96, zstd_of(ONE) + b"x"), Fault.COMPRESSION),
+        (body(IPV4, ZSTD, 1, 96, zstd_of(ONE)[:-1]), Fault.COMPRESSION),
+        (body(IPV4, ZSTD, 1, 96, zstd_of(ONE, write_content_size=False)), Fault.COMPRESSION),
+        (body(IPV4, ZSTD, 1, 96, zstd_of(bytes(MAX_BODY * 64))), Fault.COMPRESSION),
+        (body(IPV4, COMPRESSED | ZSTD, 1, 96, zstd_of(ONE)), Fault.COMPRESSION),
         (body(IPV4, 0, 1, 96, changed("slot", SLOTS)), Fault.RECORD),
         (body(IPV4, 0, 1, 96, changed("generation", 0)), Fault.RECORD),
         (body(IPV4, 0, 1, 96, changed("af", 10)), Fault.RECORD),

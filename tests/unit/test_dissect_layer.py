@@ -247,7 +247,8 @@ WRONG_BODIES = {
     "truncated records": (create(items=[Raw(bytes(one())[:-1])], count=1, raw_length=96, kind=IPV4), Fault.COUNT),
     "records of the wrong kind": (create(items=[SessionIPv6()], kind=IPV4), Fault.COUNT),
     "unknown flags": (create(flags=0x82), Fault.COMPRESSION),
-    "LZ4 that is none": (create(flags=0x02), Fault.COMPRESSION),
+    "a format that is not known": (create(flags=0x04), Fault.COMPRESSION),
+    "Zstandard that is none": (create(flags=0x06), Fault.COMPRESSION),
     "LZ4 of less than announced": (
         create(flags="LZ4", items=[Raw(bytes(95))], count=1, raw_length=96, kind=IPV4),
         Fault.COMPRESSION,

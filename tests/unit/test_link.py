@@ -10,7 +10,7 @@ import pytest
 
 from collector.record import RECORD, Records, pick
 from collector.table import SessionTable
-from replicator import wire
+from replicator import blocks, wire
 from replicator.link import FULL_SYNCS_A_SECOND, Down, Event, LinkSettings, Receiver, Sender, State, Synced, Syncing, Up
 from replicator.replica import Replica, Replicas
 from replicator.wire import Hello, Opcode, Reason, Role, SyncReason
@@ -247,6 +247,24 @@ def test_large_tables_go_in_bounded_frames_and_windows(compress: bool) -> None:
     assert most <= 16384 + 4096
     joined.check_equal()
     assert (joined.sender.counters["frames_compressed"] > 0) == compress
+
+
+@pytest.mark.parametrize("understood", [wire.LZ4 | wire.ZSTD, wire.LZ4, 0])
+def test_a_peer_gets_what_it_understands(understood: int) -> None:
+    joined = Joined(slots=600, compress=True, zstd=True)
+    joined.replicas = Replicas(Hello("b", epoch=100, role=Role.RECEIVER, capabilities=understood))
+    joined.put(sessions(600))
+    joined.connect()
+    flags = set()
+    for _ in range(20):
+        joined.now_ns += 20 * MS
+        joined.pump()
+        flags |= {frame[17] for frame in joined.down if frame[3] == Opcode.CREATE}
+        joined.deliver()
+    joined.check_equal()
+    best = blocks.ZSTD if understood & wire.ZSTD else blocks.LZ4 if understood else blocks.PLAIN
+    assert flags == {best}
+    assert joined.sender.report()["compression"] == blocks.NAMES[best]
 
 
 def test_back_pressure_keeps_marks_as_marks() -> None:

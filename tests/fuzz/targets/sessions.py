@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import lz4.block
 import numpy as np
 
-from replicator import codec
+from replicator import blocks, codec
 from replicator.codec import BODY, COMPRESSED, ENDED, SIZES
 from replicator.query import describe
 from replicator.wire import HEADER, MAX_BODY, Opcode, ProtocolError
@@ -24,6 +24,8 @@ def seeds() -> Iterable[bytes]:
         yield frame[3:4] + frame[HEADER.size :]
     noise = np.random.default_rng(1).integers(0, 256, 1500, dtype=np.uint8).tobytes()
     yield bytes([Opcode.CREATE]) + BODY.pack(codec.IPV4, COMPRESSED, 1000, 96_000) + noise
+    packed = blocks.pack(blocks.ZSTD, bytes(960))
+    yield bytes([Opcode.CREATE]) + BODY.pack(codec.IPV4, blocks.ZSTD, 10, 960) + packed
     for opcode, kind, count in (  # the first may hold that many, the others claim one more than a body holds
         (Opcode.DELETE, ENDED, 0xFFFF),
         (Opcode.CREATE, codec.IPV4, MAX_BODY // 96 + 1),
@@ -41,7 +43,7 @@ def declared(data: bytes) -> int:
     kind, flags, count, raw = BODY.unpack_from(data, 1)
     if raw > MAX_BODY or raw != count * SIZES.get(kind, 0):
         return 0
-    return raw if flags == COMPRESSED or len(data) == 1 + BODY.size + raw else 0
+    return raw if flags in (blocks.LZ4, blocks.ZSTD) or len(data) == 1 + BODY.size + raw else 0
 
 
 def bound(data: bytes) -> int:
