@@ -9,6 +9,7 @@ import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.packet import Raw, raw
 
+from probes.packets import Packets
 from tests.lab.node import Attached
 from tests.lab.pair import Pair
 from tests.lab.process import wait_for
@@ -84,7 +85,8 @@ def test_sessions_say_when_they_were_active(pair: Pair) -> None:
     for connection in connections:
         connection.close()
     assert probe.stop() == 0
-    assert "xdp" not in node_links(pair)
+    with pair.network.inside("a"), Packets(["v0"]) as after:  # raises OtherProgram if ours were still there
+        assert after.interfaces() == [{"interface": "v0", "mode": "native"}]
 
 
 def test_orphans_are_asked_for_and_told(pair: Pair) -> None:
@@ -119,16 +121,3 @@ def a_clients(probe: Attached) -> set[str]:
 def ports_of(probe: Attached) -> set[int]:
     """Ports of the client that have a session: a SYN that nobody meant may have made one."""
     return {int(row["client"].rpartition(":")[2]) for row in probe.sessions(origin="own", port=7)}
-
-
-def node_links(pair: Pair) -> str:
-    """The interfaces of node a, as netlink tells of them."""
-    with pair.network.netlink("a") as handle:
-        links = handle.get_links()
-    return str([link.get_attr("IFLA_XDP").get("attrs") for link in links if attached(link)])
-
-
-def attached(link: Any) -> bool:
-    """Whether an XDP program is on a link."""
-    xdp = link.get_attr("IFLA_XDP")
-    return xdp is not None and xdp.get_attr("IFLA_XDP_ATTACHED") not in (None, 0, "none")
