@@ -51,6 +51,22 @@ def test_dpvs_restarted_twice(pair: Pair) -> None:
     wait_for("it counts nothing any more", lambda: pair.a.counters().idle, 120, 0.5)
 
 
+def test_a_restart_beside_a_peer(pair: Pair) -> None:
+    """The peer takes what it has of the DPVS that died for its own, until packets say whose it is."""
+    links = ("--listen", pair.sync_address("a"), "--peer", pair.sync_address("b"))
+    pair.b.probe("--listen", pair.sync_address("b"), "--peer", pair.sync_address("a"))
+    attach(pair.a, *links)
+    steady = pair.steady(TALKING, stall=60)
+    wait_until_stored(pair.a, TALKING)
+    wait_for("copies in b", lambda: len(pair.b.sessions()) == TALKING, 20)
+    done = restart(pair, options=links)
+    assert done.restored["sessions"] == TALKING, done
+    wait_for("all are a's own", lambda: (own(pair.a), own(pair.b)) == (TALKING, 0), 60)
+    assert len(pair.b.sessions()) == TALKING
+    report = steady.finish()
+    assert (report["alive"], report["corrupted"]) == (TALKING, 0), report
+
+
 def test_snapshots(pair: Pair) -> None:
     """Saved by hand from a running attach, looked at, and refused or restored."""
     pair.kill("b")
