@@ -40,7 +40,7 @@ def test_away_under_load_and_back_after_it(pair: Pair) -> None:
     status = probe.status()
     assert status["probes"]["attached"]
     assert status["events"]["created"] == 501
-    assert 0 < status["probes"]["share_percent"] < BUDGET
+    assert 0 < status["probes"]["highest_share_percent"] < BUDGET
 
     synthesize(pair, 12_007, 6000, 1500)  # too many
     wait_for("probes away", lambda: not probe.status()["probes"]["attached"], 10)
