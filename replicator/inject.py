@@ -510,6 +510,11 @@ class Injector:
         if same.any():
             same &= ~((words(records)[:, _FIRST:_LAST] ^ c.installed.take(slots, axis=0)) & _TUPLE).any(axis=1)
         delete = c.has[slots] & ~(want & same)
+        if not c.replica.link_up and delete.any():
+            # Of an owner that is gone: clients may use the tie here, and DPVS ends it by itself.
+            tie = (c.installed[slots, 0] >> _FLAGS_SHIFT & np.uint64(TEMPLATE)) != 0
+            delete[tie] = False
+            c.has[slots[tie & ~want]] = False
         give = np.zeros(len(slots), np.bool_)
         if self._ownership is not None:
             give = self._contest(self._ownership, c, slots, records, same)

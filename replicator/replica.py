@@ -18,12 +18,14 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from collector.record import COMPARE, RECORD, WORDS, Bools, Records, Slots, digest, pick, words
+from collector.record import COMPARE, RECORD, TEMPLATE, WORDS, Bools, Records, Slots, digest, pick, words
 from collector.rows import Copies
 from collector.table import Dirty
 
 from . import packing
 from .wire import Fault, Hello, ProtocolError, Reason
+
+TIE_MS = 600_000  # a tie of a client to its real server is kept that long at least after its owner is gone
 
 Generations = npt.NDArray[np.uint32]
 
@@ -137,7 +139,11 @@ class Replica:
             return 0
         slots = np.flatnonzero(self.present)
         down_ms = (now_ns - self.since_ns) // 1_000_000
-        gone = slots[self.records["timeout_ms"][slots] <= down_ms]
+        timeout_ms = self.records["timeout_ms"][slots].copy()
+        # A template that has controlled sessions once says two seconds (DPVS 1.10.2, ip_vs_conn.c: dp_vs_conn_expire).
+        tie = (self.records["flags"][slots] & TEMPLATE) != 0
+        timeout_ms[tie] = np.maximum(timeout_ms[tie], TIE_MS)
+        gone = slots[timeout_ms <= down_ms]
         self.present[gone] = False
         self.generation[gone] = 0
         self.count -= len(gone)

@@ -259,6 +259,19 @@ def test_templates_are_put_in_and_those_out_of_use_are_not(world: World) -> None
     assert world.agent.log == [(RecordOp.UPSERT, 0), (RecordOp.DELETE, 0)]
 
 
+@pytest.mark.parametrize(("link_up", "ends"), [(True, True), (False, False)])
+def test_a_tie_is_left_to_dpvs_where_its_owner_is_gone(world: World, link_up: bool, ends: bool) -> None:
+    world.replica.put(3, 0, 0, state=0)
+    world.replica.records["flags"][3], world.replica.records["dport"][3] = TEMPLATE, 0
+    world.run()
+    world.agent.log.clear()
+    world.replica.link_up = link_up
+    world.replica.drop(3)
+    world.run()
+    assert world.agent.log == ([(RecordOp.DELETE, 0)] if ends else [])
+    assert world.injector.installed() == 0
+
+
 @pytest.mark.parametrize("mode", [DR, NAT])
 def test_without_its_owner_what_may_stand_on_several_workers_is_looked_at(world: World, mode: int) -> None:
     world.replica.put(3, 1000, 2000)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from collector import record
-from collector.record import Slots
+from collector.record import TEMPLATE, Slots
 from replicator.replica import LinkRefused, Replica, Replicas
 from replicator.wire import Fault, Hello, ProtocolError, Reason, Role
 from tests.unit.session_records import sessions
@@ -160,6 +160,20 @@ class TestReplicas:
         replicas.age(91 * SECOND)
         assert list(replicas) == [second]
         assert pending(first) == []
+
+    def test_ties_of_a_node_that_is_gone_are_kept_for_a_while(self) -> None:
+        replicas = Replicas(ME)
+        first = replicas.open(Hello("a", 1, slots=16, instance=7), "x", 0)
+        rows = sessions(2)
+        rows["flags"][1], rows["timeout_ms"] = TEMPLATE, 2000
+        first.put(rows, 0)
+        replicas.close(first, "x", 0)
+        replicas.age(3 * SECOND)
+        assert first.present.nonzero()[0].tolist() == [1]
+        replicas.age(599 * SECOND)
+        assert first.count == 1
+        replicas.age(600 * SECOND)
+        assert first.count == 0
 
     def test_a_third_run_while_the_second_comes(self) -> None:
         replicas = Replicas(ME)
