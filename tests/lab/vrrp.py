@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A real keepalived on each node of a pair: who has the virtual address on the sync link has the routes.
 
-The configuration is that of ``examples/keepalived``, with the laboratory's addresses in it. What routers do elsewhere,
+The configuration is that of ``docs/examples/keepalived``, with the laboratory's addresses in it. What routers do elsewhere,
 the notify script does here: it moves the routes of the client and the server, after ``dpvs-probe notify`` has returned.
 """
 
@@ -13,7 +13,7 @@ from tests.lab.node import COMMAND, Node
 from tests.lab.pair import Pair
 from tests.lab.process import Process
 
-EXAMPLE = ROOT / "examples" / "keepalived" / "keepalived.conf"
+EXAMPLE = ROOT / "docs" / "examples" / "keepalived" / "keepalived.conf"
 KEEPALIVED = "/usr/sbin/keepalived"
 VIRTUAL = 100  # last byte of the address that moves
 NOTIFY = """\

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A real keepalived drives two nodes by the configuration in examples/: the address moves, connections live."""
+"""A real keepalived drives two nodes by the configuration in docs/examples/: the address moves, connections live."""
 
 import pytest
 
