@@ -183,7 +183,6 @@ def install_rest(root: Path) -> None:
         put(documents / path.name, path.read_text())
     sources = (
         (ROOT / "docs", f"{DOCUMENTS}/docs"),
-        (ROOT / "docs" / "examples", f"{DOCUMENTS}/examples"),
         (HERE / "systemd", UNITS),
         (HERE / "etc", "etc"),
     )

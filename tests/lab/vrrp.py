@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A real keepalived on each node of a pair: who has the virtual address on the sync link has the routes.
 
-The configuration is that of ``docs/examples/keepalived``, with the laboratory's addresses in it. What routers do elsewhere,
-the notify script does here: it moves the routes of the client and the server, after ``dpvs-probe notify`` has returned.
+The configuration is that of ``docs/examples/keepalived``, with the laboratory's addresses in it. What routers do
+elsewhere, the notify script does here: it moves the routes of the client and the server, after ``dpvs-probe notify``
+has returned.
 """
 
 import re
