@@ -8,7 +8,7 @@ import click
 from probes.agent.client import NAME_PART
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def agent() -> None:
     """The library that puts peers' sessions into DPVS."""
 

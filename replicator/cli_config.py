@@ -15,7 +15,7 @@ from replicator.settings import DEFAULT_FILE, BadConfiguration, Configuration
 COLUMNS = ("setting", "value", "from")
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def config() -> None:
     """The configuration file of attach."""
 

@@ -15,7 +15,7 @@ from cryptography import x509
 from replicator import keys as k
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def keys() -> None:
     """Make and show the keys by which nodes know each other.
 

@@ -12,7 +12,7 @@ from replicator import render
 from replicator.console import json_option, pid_option, request, run_dir_option, show
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def snapshot() -> None:
     """This node's own sessions in a file, so that DPVS can be started anew and go on with them."""
 

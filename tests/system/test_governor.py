@@ -44,7 +44,6 @@ def test_away_under_load_and_back_after_it(pair: Pair) -> None:
 
     synthesize(pair, 12_007, 6000, 1500)  # too many
     wait_for("probes away", lambda: not probe.status()["probes"]["attached"], 10)
-    assert_equal(pair.a, probe, within=1)
     settled(pair, probe, 501 + 12_007)
     said = probe.status()["probes"]
     assert said["switches"]["detached_over_budget"] >= 1
@@ -66,7 +65,6 @@ def test_the_scan_alone(pair: Pair, how: tuple[str, ...]) -> None:
     probe = pair.a.probe("--no-inject", *how)
     synthesize(pair, 5003, 5000, 1000)
     wait_for("some there", lambda: synthetic(pair) > 1000, 10)
-    assert_equal(pair.a, probe, within=1)
     settled(pair, probe, 5003)
     wait_for("all ended", lambda: not pair.a.tuples(), 20)
     assert assert_equal(pair.a, probe) == 0

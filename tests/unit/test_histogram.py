@@ -20,7 +20,9 @@ def test_percentiles_are_right_to_a_fifth(values: list[int], percent: int) -> No
     for part in (values[::2], values[1::2]):
         h.add(NOW - np.array(part, np.int64), NOW)
     exact = sorted(values)[max(1, -(-len(values) * percent // 100)) - 1]
-    assert exact <= h.percentile_ns(percent) + 1 <= exact * 1.2 + 2
+    upper = h.percentile_ns(percent)
+    assert exact <= upper * 1.004 + 1  # the buckets' bounds are known to one in 256
+    assert upper <= exact * 1.2 + 1
     assert h.count == len(values)
 
 
