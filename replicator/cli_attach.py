@@ -12,7 +12,8 @@ from probes.errors import DpvsProbeError
 from replicator import render
 from replicator.admin import Line
 from replicator.cli_packets import packet_options
-from replicator.console import log_to_stderr, run_dir_option, show, version
+from replicator.console import run_dir_option, show, version
+from replicator.logs import log_to_stderr
 from replicator.placement import POINTS
 from replicator.promotion import Policy
 from replicator.rundir import RunDir

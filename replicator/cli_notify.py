@@ -3,7 +3,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -110,6 +109,8 @@ def _tell(good: bool, file: Path | None, command: str | None) -> None:
         fresh.write_text("0\n" if good else "1\n")
         os.replace(fresh, file)
     if command is not None:
+        import subprocess
+
         done = subprocess.run([*command.split(), "ready" if good else "not-ready"], check=False)
         if done.returncode != 0:
             click.echo(f"dpvs-probe: {command} ended with status {done.returncode}", err=True)

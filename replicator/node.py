@@ -33,7 +33,8 @@ from collector.table import Applied, SessionTable
 from probes.errors import DpvsProbeError
 from replicator import query
 from replicator.activity import Activity
-from replicator.admin import AdminServer, BadRequest, Line
+from replicator.admin import Line
+from replicator.admin_server import AdminServer, BadRequest
 from replicator.drill import Drill
 from replicator.filters import SessionFilter
 from replicator.histogram import Histogram

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from probes.errors import DpvsProbeError
-from replicator import admin
-from replicator.admin import AdminError, AdminServer, Line, ask
+from replicator import admin, admin_server
+from replicator.admin import AdminError, Line, ask
+from replicator.admin_server import AdminServer
 
 
 async def handler(request: Mapping[str, Any]) -> AsyncIterator[list[Line]]:
@@ -28,7 +29,7 @@ async def handler(request: Mapping[str, Any]) -> AsyncIterator[list[Line]]:
     elif request["command"] == "bug":
         raise RuntimeError("a bug")
     else:
-        raise admin.BadRequest(f"no command '{request['command']}'")
+        raise admin_server.BadRequest(f"no command '{request['command']}'")
 
 
 def serve(path: Path, client: Callable[[], None]) -> float:
@@ -112,7 +113,7 @@ def test_nonsense(tmp_path: Path, sent: bytes, says: str) -> None:
 
 
 def test_a_client_that_leaves_or_says_nothing_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin, "REQUEST_S", 0.2)
+    monkeypatch.setattr(admin_server, "REQUEST_S", 0.2)
     path = tmp_path / "a.sock"
 
     def client() -> None:
@@ -132,7 +133,7 @@ def test_a_client_that_leaves_or_says_nothing_does_no_harm(tmp_path: Path, monke
 
 
 def test_other_users_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin, "_peer_uid", lambda sock: 12345)
+    monkeypatch.setattr(admin_server, "_peer_uid", lambda sock: 12345)
     path = tmp_path / "a.sock"
 
     def client() -> None:
@@ -168,8 +169,8 @@ def test_a_server_that_dies_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_a_request_too_deep_to_be_read() -> None:
-    with pytest.raises(admin.BadRequest):
-        admin._parse(b"[" * 60_000)
+    with pytest.raises(admin_server.BadRequest):
+        admin_server._parse(b"[" * 60_000)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ import click
 import pytest
 
 from probes.errors import DpvsProbeError
-from replicator import cli as module
+from replicator import cli_ask as module
 from replicator.cli import cli, main
 from replicator.rundir import RunDir
 from tests.unit.simulated_node import SimulatedNode, until
 
-COMMANDS = dict(cli.commands)
+CONTEXT = click.Context(cli)
+COMMANDS = {name: cli.get_command(CONTEXT, name) for name in cli.list_commands(CONTEXT)}
 
 
 class Ran:
@@ -115,6 +116,47 @@ def test_version_and_help(run: Runner) -> None:
         "agent", "attach", "config", "decode", "demote", "detach", "diff", "doctor", "drill", "keys", "notify",
         "orphans", "peers", "promote", "ready", "sessions", "snapshot", "status", "sysdump", "top", "watch",
     ]  # fmt: skip
+
+
+def test_the_list_of_commands_says_what_they_say_themselves() -> None:
+    assert {name: part.summary for name, part in cli.parts.items()} == {
+        name: command.get_short_help_str(1000) for name, command in COMMANDS.items()
+    }
+    plain = click.Group("dpvs-probe", commands=COMMANDS, context_settings=cli.context_settings)
+    listed = cli.get_help(CONTEXT).partition("Commands:")[2]
+    assert listed == plain.get_help(click.Context(plain, **cli.context_settings)).partition("Commands:")[2] != ""
+    for start in ("", "s", "zz"):
+        ours, theirs = (group.shell_complete(click.Context(group), start) for group in (cli, plain))
+        assert [(item.value, item.help) for item in ours] == [(item.value, item.help) for item in theirs]
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--help"], ["ready"], ["notify", "BACKUP"], ["status"], ["ready", "--help"]], ids=" ".join
+)
+def test_short_commands_import_little(words: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom replicator.cli import main\n"
+        f"try: main({words})\nexcept SystemExit: print(*sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "DPVS_PROBE_RUNDIR": str(tmp_path / "run")},
+    )  # fmt: skip
+    known = done.stderr.splitlines()[-1].split()
+    slow = {
+        "asyncio",
+        "ssl",
+        "numpy",
+        "cryptography",
+        "elftools",
+        "bcc",
+        "scapy",
+        "rich",
+        "prometheus_client",
+        "logging",
+    }
+    assert "replicator.lazy" in known
+    assert slow.isdisjoint(known)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

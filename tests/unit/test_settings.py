@@ -273,7 +273,7 @@ def rewritten() -> str:
 
 
 def test_every_command_of_config_is_listed() -> None:
-    group = cli.commands["config"]
+    group = cli.get_command(click.Context(cli), "config")
     assert isinstance(group, click.Group)
     assert sorted(group.commands) == ["check", "example", "show"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""replicator/admin.py and query.py: requests to the admin socket, and what they select.
+"""replicator/admin.py, admin_server.py and query.py: requests to the admin socket, and what they select.
 
 An input is one line as a client may send it, or, behind a byte 0, lines as a server may answer them.
 """
@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from functools import cache
 
 from collector.record import Records
-from replicator import admin, query
-from replicator.admin import AdminError, BadRequest
+from replicator import admin, admin_server, query
+from replicator.admin import AdminError
+from replicator.admin_server import BadRequest
 from replicator.query import BadFilter, Filter
 from tests.fuzz.judge import SLACK_BYTES, must, only
 from tests.unit.session_records import sessions
@@ -47,7 +48,7 @@ def check(data: bytes) -> None:
         answered(data[1:])
         return
     with only(BadRequest, BadFilter):
-        request = admin._parse(data)
+        request = admin_server._parse(data)
         must(isinstance(request["command"], str), "a request names its command")
         wanted = Filter.of(request)
         hit = wanted.matches(_records())
