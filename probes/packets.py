@@ -19,15 +19,17 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from probes import bpfcall, loader
+from probes import bpfcall, interface, loader
 from probes.errors import DpvsProbeError, NeedRoot
 from probes.flow import FLOW, FLOW_KEY, SERVICE
 
-# In the order of the program. Each packet is counted in ``packets`` and in one of the next seven.
+# In the order of the program. Each packet is in ``packets`` and in one of the next seven; ``bytes`` are of those that
+# are in ``counted``.
 COUNTERS = (
     "packets", "counted", "unwatched", "not_ip", "other_protocol", "fragments", "malformed", "deep",
-    "flows_new", "flows_renewed", "flows_no_room",
+    "flows_new", "flows_renewed", "flows_no_room", "bytes",
 )  # fmt: skip
+OUTCOMES = COUNTERS[1:8]
 COUNTERS_PER_CPU = 16
 FLOWS = 1 << 18
 SERVICES = 1 << 14
@@ -153,6 +155,33 @@ class Packets:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+
+def foresee(name: str, mode: Mode) -> str:
+    """What attaching to an interface would do, in words; changes nothing. Raises NoInterface, OtherProgram,
+    CannotAttach.
+    """
+    _number(name)
+    try:
+        now = interface.look(name)
+    except OSError as error:
+        raise CannotAttach(f"interface {name} cannot be asked: {error.strerror or error}") from None
+    if now.program is not None:
+        which = f" (id {now.program})" if now.program else ""
+        raise OtherProgram(f"interface {name} has another XDP program{which}")
+    if mode == Mode.GENERIC:
+        return "generic, as --xdp-mode says"
+    if now.native is None:
+        return "native where the driver takes it, which this kernel does not tell before" + (
+            ", else generic" if mode == Mode.AUTO else ""
+        )
+    if now.native:
+        return "native: the driver takes XDP programs"
+    if mode == Mode.NATIVE:
+        raise CannotAttach(
+            f"no XDP on {name}: its driver takes none", help_text="--xdp-mode auto takes the generic one."
+        )
+    return "generic: the driver takes no XDP programs"
 
 
 def services_of(entries: Sequence[tuple[int, int, bytes, int]]) -> npt.NDArray[np.void]:

@@ -74,6 +74,7 @@ class Activity:
         self.look_ns = 0  # how long the last one took
         self.services_refused = 0  # for which there was no room
         self.asked = 0  # flows that peers were asked for
+        self.evicted = 0  # flows that made room for others
         self.listed = True  # the control socket lists the services
 
     async def run(self) -> None:
@@ -106,7 +107,9 @@ class Activity:
             except DpvsProbeError as error:
                 trouble = error
         if self._table.complete:
+            ever = self._packets.counters()["flows_new"]
             keys, values = self._packets.read()
+            self.evicted = max(self.evicted, ever - len(keys))  # nothing but want of room takes a flow away
             self._join.look(keys, values, own, replicas, self._clock())
             self.looks += 1
         self.look_ns = self._clock() - began
@@ -161,6 +164,7 @@ class Activity:
             "services_no_room": self.services_refused,
             "flows": self._join.flows,
             "flows_limit": self._packets.limit,
+            "flows_evicted": self.evicted,
             "flows_of_sessions": self._join.joined,
             "flows_of_peers_sessions": self._join.covered,
             "orphans": len(self._join.orphans.keys) if self._join.orphans is not None else 0,

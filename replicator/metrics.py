@@ -24,6 +24,7 @@ from prometheus_client.metrics_core import (
 )
 
 from collector.record import Bools, Records, state_name
+from probes.packets import OUTCOMES
 from replicator.admin import Line
 from replicator.engine import State
 from replicator.histogram import Histogram, upper_ns
@@ -114,12 +115,36 @@ TABLE = (
     Kind("dpvs_probe_probes_attached", GAUGE, (), "1 while the probes are in DPVS; 0: the scan works alone."),
     Kind("dpvs_probe_detached_over_budget_total", COUNTER, (),
          "Times the probes were taken away because they took too much."),
+    Kind("dpvs_probe_switches_total", COUNTER, ("switch",),
+         "Times the probes were put on (attached), taken away as they took too much (detached_over_budget), or could "
+         "not be put back (failed)."),
+    Kind("dpvs_probe_worker_time_highest_ratio", GAUGE, (),
+         "The highest share of any worker's time in any second since the attach began."),
+    Kind("dpvs_probe_longest_switch_seconds", GAUGE, (),
+         "Longest time that putting the probes on or taking them away took; DPVS does not wait for it."),
+    Kind("dpvs_probe_hit_seconds", GAUGE, ("site",), "What a hit takes of a worker's time, as attach found out."),
     Kind("dpvs_probe_scan_seconds_total", COUNTER, (), "Processor time spent on scanning the session pool."),
     Kind("dpvs_probe_scan_passes_total", COUNTER, (), "Walks over the whole session pool."),
     Kind("dpvs_probe_scan_late_total", COUNTER, (), "Walks that took longer than they should."),
     Kind("dpvs_probe_torn_reads_total", COUNTER, (),
          "Sessions that DPVS changed while they were read; they are read again."),
     Kind("dpvs_probe_longest_tick_seconds", GAUGE, (), "Longest round of the loop since the attach began."),
+    Kind("dpvs_packet_interface_info", GAUGE, ("interface", "mode"),
+         "1 for each interface whose packets are counted (--xdp), and how: native or generic."),
+    Kind("dpvs_packets_total", COUNTER, ("outcome",),
+         "Packets that came on these interfaces: counted for a service, or why not."),
+    Kind("dpvs_packet_bytes_total", COUNTER, (), "Bytes of the frames that were counted for a service."),
+    Kind("dpvs_packet_services", GAUGE, (), "Services whose packets are counted."),
+    Kind("dpvs_packet_flows", GAUGE, ("covered_by",),
+         "Flows that are kept, by whose session covers them: own, a peer, or nobody."),
+    Kind("dpvs_packet_flows_limit", GAUGE, (), "Flows that there is room for (--xdp-flows)."),
+    Kind("dpvs_packet_flows_dropped_total", COUNTER, ("reason",),
+         "Flows that are not kept: evicted to make room for others, or no_room for them."),
+    Kind("dpvs_packet_orphans", GAUGE, (),
+         "Flows to a service that no session here covers, at two looks, with packets since."),
+    Kind("dpvs_packet_orphans_asked_total", COUNTER, (), "Flows whose sessions peers were asked for."),
+    Kind("dpvs_packet_look_failures_total", COUNTER, (),
+         "Looks at the flows, or at the list of services, that failed; the next one comes a second later."),
 )  # fmt: skip
 NAMES = {kind.name: kind for kind in TABLE}
 # Of prometheus_client.ProcessCollector, on Linux.
@@ -299,6 +324,10 @@ def of_status(status: Line) -> Iterator[Metric]:
         yield family("dpvs_probe_worker_time_ratio", ((), probes["share_percent"] / 100))
         yield family("dpvs_probe_worker_time_budget_ratio", ((), probes["budget_percent"] / 100))
         yield family("dpvs_probe_detached_over_budget_total", ((), probes["switches"]["detached_over_budget"]))
+        yield family("dpvs_probe_switches_total", *(((which,), n) for which, n in probes["switches"].items()))
+        yield family("dpvs_probe_worker_time_highest_ratio", ((), probes["highest_share_percent"] / 100))
+        yield family("dpvs_probe_longest_switch_seconds", ((), probes["longest_switch_ms"] / 1e3))
+        yield family("dpvs_probe_hit_seconds", *(((s,), probes[f"hit_{s}_ns"] / 1e9) for s in ("create", "free")))
     yield family("dpvs_probe_probes_attached", ((), bool(probes.get("attached"))))
     yield family("dpvs_probe_scan_seconds_total", ((), status["loop"]["scan_s"]))
     yield family("dpvs_probe_scan_passes_total", ((), status["scans"]))
@@ -315,6 +344,9 @@ def of_status(status: Line) -> Iterator[Metric]:
         yield family("dpvs_injections_waiting", ((), status["injections_waiting"]))
         yield family("dpvs_injection_stopped", ((), injection["stopped"] is not None))
         yield family("dpvs_probe_promoted", ((), injection["role"] != "standby"))
+    packets = status["packets"]
+    if isinstance(packets, dict):
+        yield from _of_packets(packets)
     store = status["store"]
     if store["state"] != "off":
         yield family("dpvs_store_up", ((), store["state"] == "kept"))
@@ -325,6 +357,23 @@ def of_status(status: Line) -> Iterator[Metric]:
         yield family("dpvs_store_restored_sessions", *(((result,), count) for result, count in counts))
     if "state" in status.get("agent", {}):
         yield family("dpvs_agent_state", ((status["agent"]["state"],), 1))
+
+
+def _of_packets(packets: Line) -> Iterator[Metric]:
+    """Of what ``status`` says of --xdp."""
+    yield family("dpvs_packet_interface_info", *(((o["interface"], o["mode"]), 1) for o in packets["interfaces"]))
+    yield family("dpvs_packets_total", *(((outcome,), packets[outcome]) for outcome in OUTCOMES))
+    yield family("dpvs_packet_bytes_total", ((), packets["bytes"]))
+    yield family("dpvs_packet_services", ((), packets["services_watched"]))
+    own, peers = packets["flows_of_sessions"], packets["flows_of_peers_sessions"]
+    covered = (("own", own), ("peer", peers), ("nobody", packets["flows"] - own - peers))
+    yield family("dpvs_packet_flows", *(((who,), number) for who, number in covered))
+    yield family("dpvs_packet_flows_limit", ((), packets["flows_limit"]))
+    dropped = (("evicted", packets["flows_evicted"]), ("no_room", packets["flows_no_room"]))
+    yield family("dpvs_packet_flows_dropped_total", *(((why,), number) for why, number in dropped))
+    yield family("dpvs_packet_orphans", ((), packets["orphans"]))
+    yield family("dpvs_packet_orphans_asked_total", ((), packets["orphans_asked_for"]))
+    yield family("dpvs_packet_look_failures_total", ((), packets["failures"]))
 
 
 def markdown() -> Iterator[str]:

@@ -28,10 +28,13 @@ from collector.record import (
     Records,
     state_name,
 )
+from probes import loader
 from probes.doctor import Check, examine
 from probes.errors import DpvsProbeError
 from probes.layout import Layout
 from probes.memory import SessionPool, choose_layout
+from probes.packets import Mode as XdpMode
+from probes.packets import foresee
 from probes.target import Target
 from replicator.attach import XMIT_MODES, Options, credentials, instance_of, node_name
 from replicator.discovery.source import name_of
@@ -61,6 +64,10 @@ def rehearse(options: Options) -> Iterator[Check]:
         why = "--no-inject" if not options.inject else "neither --listen nor --store"
         yield Check("agent", True, f"would not be loaded ({why})")
     yield from _links(options)
+    if options.xdp and options.probe_budget <= 0:
+        yield from _compiler()
+    for interface in options.xdp:
+        yield _packets(interface, XdpMode(options.xdp_mode))
     if options.store is not None:
         yield _store(options, options.store)
     try:
@@ -90,6 +97,23 @@ def _links(options: Options) -> Iterator[Check]:
         yield Check("peers from", True, f"{name_of(place)} would be asked")
     if options.listen is not None:
         yield _listen(options.listen)
+
+
+def _compiler() -> Iterator[Check]:
+    """What the packet program needs, where no probes have asked for it already."""
+    try:
+        loader.available()
+    except DpvsProbeError as error:
+        yield Check("bcc and headers", False, str(error), error.help_text)
+
+
+def _packets(interface: str, mode: XdpMode) -> Check:
+    """What --xdp would do on one interface."""
+    try:
+        how = foresee(interface, mode)
+    except DpvsProbeError as error:
+        return Check("packets", False, str(error), error.help_text)
+    return Check("packets", True, f"packets of {interface} would be counted: XDP, {how}")
 
 
 def _store(options: Options, path: Path) -> Check:

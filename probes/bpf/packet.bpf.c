@@ -13,7 +13,7 @@
  */
 #include <uapi/linux/ptrace.h>
 
-enum { PACKETS, COUNTED, UNWATCHED, NOT_IP, OTHER_PROTOCOL, FRAGMENTS, MALFORMED, DEEP, NEW, RENEWED, NO_ROOM, SLOTS = 16 };
+enum { PACKETS, COUNTED, UNWATCHED, NOT_IP, OTHER_PROTOCOL, FRAGMENTS, MALFORMED, DEEP, NEW, RENEWED, NO_ROOM, BYTES, SLOTS = 16 };
 
 #define ETHERTYPE_IPV4 0x0800
 #define ETHERTYPE_IPV6 0x86dd
@@ -114,13 +114,18 @@ BPF_TABLE("hash", struct service, u32, services, SERVICES);
 /* Mappable, so that user space reads the counters without a system call; two cache lines for each CPU. */
 BPF_F_TABLE("array", u32, u64, counters, COUNTER_SLOTS, BPF_F_MMAPABLE);
 
-static inline void count(u32 which)
+static inline void add(u32 which, u64 number)
 {
 	u32 key = bpf_get_smp_processor_id() * SLOTS + which;
 	u64 *counter = counters.lookup(&key);
 
 	if (counter)
-		*counter += 1; /* nothing interrupts us but what cannot come here */
+		*counter += number; /* nothing interrupts us but what cannot come here */
+}
+
+static inline void count(u32 which)
+{
+	add(which, 1);
 }
 
 static inline int watched(struct flow_key *key)
@@ -142,6 +147,7 @@ static inline u32 note(struct flow_key *key, u32 bytes, u8 flags)
 	u64 now = bpf_ktime_get_ns();
 	struct flow *flow = flows.lookup(key);
 
+	add(BYTES, bytes);
 	if (!flow) {
 		struct flow fresh = {.first_ns = now, .last_ns = now, .packets = 1, .bytes = bytes, .flags = flags};
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from probes.packets import Packets
 from tests.lab.net import inside
 from tests.lab.node import COMMAND, Node
 from tests.lab.pair import Pair
@@ -144,22 +145,25 @@ class TestLife:
         client, where = pair.connect(7), pair.sync_address("a")
         client.close()  # one that has ended
         before = fingerprint(pair.a)
-        options = ("--pid", str(pair.a.pid), "--listen", where, "--peer", pair.sync_address("b"), "--dry-run")
+        options = ("--pid", str(pair.a.pid), "--listen", where, "--peer", pair.sync_address("b"), "--xdp", "v0",
+                   "--dry-run")  # fmt: skip
         done = pair.a.command("attach", *pair.a.with_keys(*options))
         assert done.returncode == 0, done.stdout + done.stderr
         for said in (
             "would be loaded", f"waited for on {where}", f"sent to {pair.sync_address('b')}", "create site",
-            "sessions equal field by field", "would attach; nothing was touched",
+            "sessions equal field by field", "packets of v0 would be counted: XDP, native",
+            "would attach; nothing was touched",
         ):  # fmt: skip
             assert said in done.stdout, done.stdout
         assert re.search(r"sessions +[56] of its own in DPVS; [56] would be put into a peer's DPVS", done.stdout)
         assert fingerprint(pair.a) == before
-        with pair.network.inside("a"), socket.socket() as taken:
+        with pair.network.inside("a"), socket.socket() as taken, Packets(["v0"]):
             taken.bind((where.split(":")[0], int(where.split(":")[1])))
             taken.listen()
             done = pair.a.command("attach", *pair.a.with_keys(*options))
         assert done.returncode == 1
         assert f"cannot listen on {where}: address already in use" in done.stdout
+        assert "interface v0 has another XDP program" in done.stdout
         assert fingerprint(pair.a) == before
         assert steady.finish()["alive"] == 5
 

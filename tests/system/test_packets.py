@@ -22,7 +22,17 @@ from scapy.layers.l2 import Ether
 from scapy.packet import raw
 
 from probes import bpfcall
-from probes.packets import COUNTERS, Mode, NoInterface, OtherProgram, Packets, services_of
+from probes.packets import (
+    COUNTERS,
+    OUTCOMES,
+    CannotAttach,
+    Mode,
+    NoInterface,
+    OtherProgram,
+    Packets,
+    foresee,
+    services_of,
+)
 from tests.lab.net import inside, offloads_off, remove_namespace
 from tests.lab.process import wait_for
 from tests.system import frames
@@ -35,7 +45,6 @@ FRAMES = 1801
 CONNECTIONS, LINES = 23, 5
 ADDRESS = "10.77.0"
 FORGER = bytes.fromhex("020000000002")  # whom forged frames come from
-BETWEEN = COUNTERS[1:8]  # each packet is in one of them
 
 
 def watched() -> set[tuple[int, int, bytes, int]]:
@@ -70,6 +79,7 @@ class Expected:
         self.counters.update(("packets", counter))
         if flow is None:
             return
+        self.counters["bytes"] += len(frame)
         count, size, seen = self.flows.get(flow, (0, 0, 0))
         if count and flags & 0x12 == 2 and seen & 5:
             count = size = seen = 0
@@ -100,7 +110,7 @@ def test_frames_that_no_interface_saw_are_counted_as_they_read(program: Packets)
     counted = {name: value - before[name] for name, value in program.counters().items()}
     assert counted == {name: expected.counters[name] for name in COUNTERS}
     assert read(program) == expected.flows
-    assert all(expected.counters[name] >= 10 for name in BETWEEN), expected.counters  # the frames are worth something
+    assert all(expected.counters[name] >= 10 for name in OUTCOMES), expected.counters  # the frames are worth something
     assert expected.counters["flows_renewed"] > 10
 
 
@@ -254,7 +264,7 @@ def test_real_tcp_and_forged_frames_are_counted_exactly(wire: Wire, mode: Mode) 
             own = [flow for flow in read(packets) if flow.vaddr[:4] == vip]
             assert len(own) == CONNECTIONS
         counted = packets.counters()
-        assert counted["packets"] == sum(counted[name] for name in BETWEEN)
+        assert counted["packets"] == sum(counted[name] for name in OUTCOMES)
         assert {name: counted[name] for name in COUNTERS} == {name: expected.counters[name] for name in COUNTERS}
         assert read(packets) == expected.flows
         assert {expected.flows[flow][2] for flow in own} == {0x02 | 0x10 | 0x08 | 0x01}
@@ -279,6 +289,24 @@ def test_a_driver_without_native_xdp_gets_the_generic_one(wire: Wire) -> None:
         (where,) = packets.interfaces()
         assert where["mode"] == "generic"
         assert "native" in where["why"]
+
+
+def test_what_would_be_done_is_said_before_and_changes_nothing(wire: Wire) -> None:
+    with wire.inside(wire.right):
+        for mode, said in ((Mode.AUTO, "native: "), (Mode.NATIVE, "native: "), (Mode.GENERIC, "generic")):
+            assert foresee("y0", mode).startswith(said)
+        assert foresee("lo", Mode.AUTO).startswith("generic: ")
+        with pytest.raises(CannotAttach, match="its driver takes none"):
+            foresee("lo", Mode.NATIVE)
+        with pytest.raises(NoInterface, match="no interface z9"):
+            foresee("z9", Mode.AUTO)
+        for mode in (Mode.NATIVE, Mode.GENERIC):
+            with (
+                Packets(["y0"], mode=mode),
+                pytest.raises(OtherProgram, match=r"another XDP program \(id \d+\)"),
+            ):
+                foresee("y0", Mode.AUTO)
+        assert foresee("y0", Mode.AUTO).startswith("native: ")
 
 
 def test_an_interface_that_is_not_there(wire: Wire) -> None:

@@ -13,6 +13,7 @@ from collector.record import Records
 from collector.table import SessionTable
 from probes.errors import DpvsProbeError
 from probes.flow import FLOW, FLOW_KEY, SERVICE
+from probes.packets import COUNTERS
 from replicator.activity import SERVICES_NS, Activity, services_of
 from replicator.admin import AdminError
 from tests.unit.session_records import sessions
@@ -30,7 +31,7 @@ class FakePackets:
     def __init__(self) -> None:
         self.services: npt.NDArray[np.void] = np.empty(0, SERVICE)
         self.keys, self.values = np.empty(0, FLOW_KEY), np.empty(0, FLOW)
-        self.reads = 0
+        self.reads = self.ever_new = 0
 
     @property
     def watched(self) -> int:
@@ -45,7 +46,7 @@ class FakePackets:
         return self.keys, self.values
 
     def counters(self) -> dict[str, int]:
-        return {"packets": 7}
+        return {**dict.fromkeys(COUNTERS, 0), "packets": 7, "counted": 7, "flows_new": self.ever_new, "bytes": 700}
 
     def interfaces(self) -> list[dict[str, str]]:
         return [{"interface": "eth1", "mode": "native"}]

@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from collector import record
+from collector.governed import Governed
+from probes.practice import Costs
 from replicator import metrics
 from replicator.exporter import MAX_CLIENTS, Exporter
 from replicator.histogram import Histogram
@@ -19,6 +22,7 @@ from replicator.transport.address import Address, BadAddress, metrics_address
 from replicator.transport.interface import CannotListen
 from tests.unit.session_records import sessions
 from tests.unit.simulated_node import SimulatedNode, until
+from tests.unit.test_activity import FakePackets
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("metrics.golden")
@@ -140,6 +144,64 @@ def test_a_pair_of_nodes(tmp_path: Path) -> None:
                 await exporter.close()
 
     asyncio.run(body())
+
+
+def test_packets_and_the_governor(tmp_path: Path) -> None:
+    packets = FakePackets()
+
+    async def body() -> None:
+        async with SimulatedNode("a", tmp_path, packets=packets) as a:
+            for slot in range(5):
+                a.dpvs.create(slot, slot)
+            await until(lambda: len(a.table) == 5)
+            flows = sessions(3)  # of nobody
+            flows[:2] = a.table.rows(np.array([1, 2]))
+            packets.arrive(flows, 9, time.monotonic_ns())
+            packets.ever_new = 12
+            reads = packets.reads
+            await until(lambda: packets.reads > reads + 1)
+            said = {
+                **Governed(NoProbes(), a.collector, [], 0).status(), "share_percent": 2.0, "highest_share_percent": 4.0,
+                "longest_switch_ms": 55.0, "switches": {"attached": 3, "detached_over_budget": 2, "failed": 1},
+            }  # fmt: skip
+            found: Samples = {}
+            for metric in metrics.of_status({**a.node.status(), "probes": said}):
+                for sample in metric.samples:
+                    found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+        assert one(found, "dpvs_packet_interface_info", interface="eth1", mode="native") == 1
+        assert one(found, "dpvs_packets_total", outcome="counted") == 7
+        assert sum(v for (name, _), v in found.items() if name == "dpvs_packets_total") == 7
+        assert one(found, "dpvs_packet_bytes_total") == 700
+        covered = {who: one(found, "dpvs_packet_flows", covered_by=who) for who in ("own", "peer", "nobody")}
+        assert covered == {"own": 2, "peer": 0, "nobody": 1}
+        assert one(found, "dpvs_packet_flows_limit") == 1024
+        dropped = {why: one(found, "dpvs_packet_flows_dropped_total", reason=why) for why in ("evicted", "no_room")}
+        assert dropped == {"evicted": 9, "no_room": 0}
+        assert one(found, "dpvs_packet_orphans") == 1
+        for name in ("dpvs_packet_orphans_asked_total", "dpvs_packet_look_failures_total"):
+            assert one(found, name) == 0
+        switches = {n: one(found, "dpvs_probe_switches_total", switch=n) for n in said["switches"]}
+        assert switches == {"attached": 3, "detached_over_budget": 2, "failed": 1}
+        assert one(found, "dpvs_probe_detached_over_budget_total") == 2
+        assert one(found, "dpvs_probe_worker_time_highest_ratio") == 0.04
+        assert one(found, "dpvs_probe_longest_switch_seconds") == 0.055
+        assert [one(found, "dpvs_probe_hit_seconds", site=site) for site in ("create", "free")] == [600e-9, 700e-9]
+
+    asyncio.run(body())
+
+
+class NoProbes:
+    """What ``Governed`` asks of probes."""
+
+    costs = Costs(600, 700, measured=True)
+    how = "one link for all sites"
+
+    def reattach(self) -> None: ...
+
+    def detach(self) -> None: ...
+
+    def hits_by_cpu(self) -> npt.NDArray[np.uint64]:
+        return np.zeros((1, 2), np.uint64)
 
 
 def test_without_a_dpvs() -> None:
