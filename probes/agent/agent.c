@@ -358,6 +358,7 @@ __attribute__((constructor)) static void load(void)
 		set_state(AGENT_FAILED, "DPVS does not export per_lcore__lcore_id");
 		return;
 	}
+	*(void **)&dpvs.dp_vs_conn_hashkey = dlsym(RTLD_DEFAULT, "dp_vs_conn_hashkey");
 	pthread_attr_init(&attr);
 	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
 	if (pthread_create(&thread, &attr, arrive, NULL) != 0)

@@ -85,6 +85,9 @@ struct agent_dpvs {
 				uint16_t dport, int *dir, bool reverse);
 	void *(*dp_vs_ct_in_get)(int af, uint16_t proto, const void *saddr, const void *daddr, uint16_t sport,
 				 uint16_t dport);
+	/* may be missing: nothing is asked for ahead then */
+	uint32_t (*dp_vs_conn_hashkey)(int af, const void *saddr, uint16_t sport, const void *daddr, uint16_t dport,
+				       uint32_t mask);
 	void *(*dp_vs_conn_new)(void *mbuf, const void *iph, void *param, void *dest, uint32_t flags);
 	void (*dp_vs_conn_put)(void *conn);
 	void (*dp_vs_conn_put_no_reset)(void *conn);
@@ -113,7 +116,7 @@ enum { CODE_LIVE_UNHEARD = 15 };
 static inline bool address_equal(int af, const void *a, const void *b)
 {
 	/* union inet_addr holds rubbish above an IPv4 address */
-	return memcmp(a, b, af == AF_INET ? 4 : 16) == 0;
+	return af == AF_INET ? memcmp(a, b, 4) == 0 : memcmp(a, b, 16) == 0; /* of known length: no call */
 }
 
 /* Are all places of a real server taken? Asked before DPVS is, which marks a server that it finds full. */
@@ -124,13 +127,27 @@ static inline bool is_full(void *dest)
 	return limit && get32(AT(dest, dp_vs_dest, actconns)) + get32(AT(dest, dp_vs_dest, inactconns)) >= limit;
 }
 
+/* What a worker knows of its table of sessions (ahead.c). */
+enum { AHEAD_ROOM = 16 };
+struct ahead {
+	struct list_head *table;
+	unsigned proofs;
+	bool unknown;
+	uint32_t keys[AHEAD_ROOM][2];
+};
+/* A session that DPVS has just made. */
+void ahead_learn(struct ahead *a, void *conn, const struct agent_record *r);
+/* Before the record at position `at` of `order` is worked on; `first` is the callback's first, `end` behind the last. */
+void ahead_of(struct ahead *a, const struct agent_record *records, const uint16_t *order, unsigned first, unsigned at,
+	      unsigned end);
+
 uint8_t check_record(const struct agent_record *r);
 /* Is there a copy on every worker, because nothing in the session says which of them gets its packets? */
 static inline bool without_owner(const struct agent_record *r)
 {
 	return r->fwdmode != FWD_FNAT && !(r->flags & F_TEMPLATE);
 }
-uint8_t upsert_session(const struct agent_record *r, unsigned lcore);
+uint8_t upsert_session(const struct agent_record *r, unsigned lcore, struct ahead *ahead);
 uint8_t delete_session(const struct agent_record *r);
 uint8_t yield_session(const struct agent_record *r);
 uint8_t claim_session(const struct agent_record *r);

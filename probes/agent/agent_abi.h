@@ -14,7 +14,7 @@
 #define AGENT_ABI 2
 /* Goes up with each change of the agent's code: a higher one takes over from a lower one, never the other way round. */
 #ifndef AGENT_BUILD
-#define AGENT_BUILD 3
+#define AGENT_BUILD 4
 #endif
 #define AGENT_MAX_RECORDS 4096 /* records a request: 590 KiB, read and split by the master in well under a millisecond */
 #define AGENT_MAX_REQUESTS 8   /* requests outstanding */
@@ -40,6 +40,7 @@
 	FIELD(dp_vs_conn, vport) \
 	FIELD(dp_vs_conn, lport) \
 	FIELD(dp_vs_conn, dport) \
+	FIELD(dp_vs_conn, tuplehash) \
 	FIELD(dp_vs_conn, refcnt) \
 	FIELD(dp_vs_conn, timer) \
 	FIELD(dp_vs_conn, timeout) \
@@ -64,6 +65,7 @@
 	FIELD(dp_vs_conn, out_dmac) \
 	FIELD(dp_vs_conn, in_nexthop) \
 	FIELD(dp_vs_conn, out_nexthop) \
+	SIZE(conn_tuple_hash) \
 	FIELD(dpvs_timer, handler) \
 	FIELD(dp_vs_dest, n_list) \
 	FIELD(dp_vs_dest, af) \

@@ -54,6 +54,7 @@ struct worker {
 	uint64_t ended_ns, wait_ns; /* the worker's: when its last callback ended; how long messages wait, on average */
 	uint32_t chunk_done; /* set by the worker, cleared by the master */
 	struct request_slot *chunk_request;
+	struct ahead ahead; /* the worker's */
 	uint16_t chunk_begin, chunk_end; /* of a chunk that is done: what was offered, and where the worker ended */
 };
 
@@ -145,7 +146,7 @@ static uint8_t second_time(struct request_slot *request, unsigned n)
 	return look_at_session(r);
 }
 
-static uint8_t work_on(struct request_slot *request, unsigned n, unsigned lcore)
+static uint8_t work_on(struct request_slot *request, unsigned n, struct worker *w)
 {
 	const struct agent_record *r = &request->records[n];
 	bool everywhere = without_owner(r) && n_workers > 1;
@@ -158,11 +159,11 @@ static uint8_t work_on(struct request_slot *request, unsigned n, unsigned lcore)
 	if (request->trial && !may_try(request, n))
 		return CODE_BUSY;
 	if (r->flags & F_TEMPLATE) {
-		code = work_on_template(r, request->ops[n], lcore);
+		code = work_on_template(r, request->ops[n], w->lcore);
 	} else {
 		switch (request->ops[n]) {
 		case AGENT_UPSERT:
-			code = upsert_session(r, lcore);
+			code = upsert_session(r, w->lcore, &w->ahead);
 			break;
 		case AGENT_DELETE:
 			code = everywhere ? look_at_session(r) : delete_session(r);
@@ -180,6 +181,18 @@ static uint8_t work_on(struct request_slot *request, unsigned n, unsigned lcore)
 	if (request->trial)
 		was_tried(request, n, code);
 	return code;
+}
+
+/* Before the record at position i of the chunk: ask for what those behind it will need. */
+static void look_ahead(struct worker *w, const struct request_slot *request, unsigned own_end, unsigned i)
+{
+	unsigned first = w->chunk_begin, end = w->chunk_end;
+
+	if (i < own_end)
+		ahead_of(&w->ahead, request->records, request->order, first, i, end < own_end ? end : own_end);
+	else
+		ahead_of(&w->ahead, request->records, request->every, first < own_end ? 0 : first - own_end, i - own_end,
+			 end - own_end);
 }
 
 /* How long this callback may last. */
@@ -217,8 +230,9 @@ int batch_work(void *msg)
 			if (now >= until)
 				break;
 		}
+		look_ahead(w, request, own_end, i);
 		n = i < own_end ? request->order[i] : request->every[i - own_end];
-		code = work_on(request, n, w->lcore);
+		code = work_on(request, n, w);
 		if (i < own_end) {
 			request->codes[n] = code == CODE_LIVE_UNHEARD ? CODE_LIVE : code;
 			counts[request->codes[n] % CODE_MAX]++;

@@ -273,7 +273,7 @@ static void release(struct steering *s)
 	putp(AT(s->svc, dp_vs_service, laddr_curr), s->saved_curr);
 }
 
-static uint8_t create(const struct agent_record *r, unsigned lcore)
+static uint8_t create(const struct agent_record *r, unsigned lcore, struct ahead *ahead)
 {
 	static __thread uint64_t packet[64], iph[8], param[8]; /* never parsed for these modes with ct_dport set */
 	struct steering steering;
@@ -326,11 +326,12 @@ static uint8_t create(const struct agent_record *r, unsigned lcore)
 		end_silently(conn);
 		return poison("a session that DPVS made for us is not the one we asked for");
 	}
+	ahead_learn(ahead, conn, r);
 	fill(conn, r);
 	return CODE_CREATED;
 }
 
-uint8_t upsert_session(const struct agent_record *r, unsigned lcore)
+uint8_t upsert_session(const struct agent_record *r, unsigned lcore, struct ahead *ahead)
 {
 	int direction;
 	void *conn = find(r, &direction);
@@ -351,7 +352,7 @@ uint8_t upsert_session(const struct agent_record *r, unsigned lcore)
 		if (!end_silently(conn)) /* the client's port has a new session behind it */
 			return CODE_BUSY;
 	}
-	return create(r, lcore);
+	return create(r, lcore, ahead);
 }
 
 /* Our copy of exactly this session, held; NULL and a code where there is none. */
