@@ -129,7 +129,7 @@ class Plan:
 
     def node_prefixes(self, name: str) -> list[str]:
         """What a node has of addresses in subnets: with each comes a route."""
-        fourth = {"a": 1, "b": 2}[name]
+        fourth = ord(name) - ord("a") + 1
         subnets = [f"{self.at(third, fourth)}/24" for third in (0, 3)]
         return subnets + [f"{self.at6(third, fourth)}/64" for third in (0, 3)]
 
@@ -242,12 +242,12 @@ class Network:
                         gateway = at(0, fourth)
                         handle.route("replace", family=family, dst=f"{at(third, 0)}/{plen}", gateway=gateway, **source)
 
-    def gate(self, *, is_open: bool) -> None:
+    def gate(self, *, is_open: bool, hosts: tuple[str, ...] = ("client", "server")) -> None:
         """Whether packets pass between the nodes and the others, as where no node's routes are announced: the switch
         keeps isolated ports apart, and the nodes' always are.
         """
         with self.netlink("sw") as handle:
-            for host in ("client", "server"):
+            for host in hosts:
                 handle.brport("set", index=_index(handle, f"p-{host}"), isolated=0 if is_open else 1)
 
     def set_link(self, host: str, interface: str, up: bool) -> None:

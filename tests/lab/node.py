@@ -75,7 +75,7 @@ class Settings:
     udp_timeout_s: int = 300
     udp_oneway_s: int = 60
     kinds: tuple[str, ...] = ()  # of services beyond those that every pair has: tests.lab.services.KINDS
-    sctp: bool = False  # services of it too; not on the twin
+    sctp: bool = False  # services of it too
     synproxy: bool = False  # FullNAT TCP services have one; not on the twin
     persistent_s: int = 0  # clients stay with their real server for so long
     port_pools: int = 1  # the ports of a local address, divided by the real server
@@ -133,7 +133,7 @@ class Node(ABC):
         """Command line of the DPVS."""
         settings = self.settings
         options = config.eal(
-            first_cpu={"a": 0, "b": 1}[self.name],  # the two masters, and the two workers, on different CPUs
+            first_cpu={"a": 0}.get(self.name, 1),  # the two masters, and the two workers, on different CPUs
             workers=self.workers,
             prefix=self.file_prefix,
             huge=self.run.huge,

@@ -67,8 +67,8 @@ class TwinNode(Node):
         return reply
 
     def configure(self, services: list[Service]) -> None:
-        if self.settings.synproxy or self.settings.sctp:
-            raise LabError("the twin has no SYN proxy and no SCTP")
+        if self.settings.synproxy:
+            raise LabError("the twin has no SYN proxy")
         for prefix in self.plan.node_prefixes(self.name):
             self.tell(f"addr add {prefix}")
         for address in dict.fromkeys(service.address for service in services):

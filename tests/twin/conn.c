@@ -267,12 +267,28 @@ unsigned dp_vs_conn_get_timeout(struct dp_vs_conn *conn)
 
 void dp_vs_conn_set_timeout(struct dp_vs_conn *conn, struct dp_vs_proto *pp)
 {
-    bool own = conn->proto == IPPROTO_UDP || (conn->proto == IPPROTO_TCP && conn->state == DPVS_TCP_S_ESTABLISHED);
+    bool own = conn->proto == IPPROTO_UDP || (conn->proto == IPPROTO_TCP && conn->state == DPVS_TCP_S_ESTABLISHED) ||
+               (conn->proto == IPPROTO_SCTP && conn->state == DPVS_SCTP_S_ESTABLISHED);
     unsigned seconds = own ? dp_vs_conn_get_timeout(conn) : 0;
 
     if (seconds == 0)
         seconds = pp && pp->timeout_table ? (unsigned)pp->timeout_table[conn->state] : 60;
     conn->timeout.tv_sec = seconds;
+}
+
+void conn_enter(struct dp_vs_proto *proto, struct dp_vs_conn *conn, uint16_t state, uint16_t active)
+{
+    struct dp_vs_dest *dest = conn->dest;
+    bool inactive = conn->flags & DPVS_CONN_F_INACTIVE;
+
+    conn->old_state = conn->state;
+    conn->state = state;
+    dp_vs_conn_set_timeout(conn, proto);
+    if (!dest || inactive == (state != active))
+        return;
+    rte_atomic32_add(&dest->actconns, inactive ? 1 : -1);
+    rte_atomic32_add(&dest->inactconns, inactive ? -1 : 1);
+    conn->flags ^= DPVS_CONN_F_INACTIVE;
 }
 
 void dp_vs_conn_expire_now(struct dp_vs_conn *conn)

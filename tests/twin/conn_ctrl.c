@@ -21,11 +21,17 @@ static const char *state_name(uint16_t proto, uint16_t state)
     static const char *const tcp[] = {"TCP_NONE",  "TCP_EST",    "SYN_SENT", "SYN_RECV", "FIN_WAIT", "TIME_WAIT",
                                       "TCP_CLOSE", "CLOSE_WAIT", "LAST_ACK", "LISTEN",   "SYNACK"};
     static const char *const udp[] = {"UDP_NONE", "UDP_ONEWAY", "UDP_NORM", "UDP_LAST"};
+    static const char *const sctp[] = {"SCTP_NONE", "SCTP_INIT1", "SCTP_INIT", "SCTP_COOKIE_SENT",
+                                       "SCTP_COOKIE_REPLIED", "SCTP_COOKIE_WAIT", "SCTP_COOKIE", "SCTP_COOKIE_ECHOED",
+                                       "SCTP_ESTABLISHED", "SCTP_SHUTDOWN_SENT", "SCTP_SHUTDOWN_RECEIVED",
+                                       "SCTP_SHUTDOWN_ACK_SENT", "SCTP_REJECTED", "SCTP_CLOSED"};
 
     if (proto == IPPROTO_TCP)
         return state < RTE_DIM(tcp) ? tcp[state] : "TCP_UNKOWN";
     if (proto == IPPROTO_UDP)
         return state < RTE_DIM(udp) ? udp[state] : "UDP_UNKOWN";
+    if (proto == IPPROTO_SCTP)
+        return state < RTE_DIM(sctp) ? sctp[state] : "SCTP_UNKNOWN";
     return "UNKOWN";
 }
 

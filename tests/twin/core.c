@@ -14,7 +14,7 @@ struct dp_vs_proto *dp_vs_proto_lookup(uint8_t proto)
 
 int dp_vs_proto_init(void)
 {
-    struct dp_vs_proto *all[] = {&dp_vs_proto_udp, &dp_vs_proto_tcp};
+    struct dp_vs_proto *all[] = {&dp_vs_proto_udp, &dp_vs_proto_tcp, &dp_vs_proto_sctp};
 
     for (size_t i = 0; i < RTE_DIM(all); i++) {
         protocols[all[i]->proto] = all[i];
@@ -24,7 +24,7 @@ int dp_vs_proto_init(void)
     return EDPVS_OK;
 }
 
-/* Common to TCP and UDP: by the ports; on a miss `peer_cid` becomes the owner, if there is another one. */
+/* Common to all: by the ports; on a miss `peer_cid` becomes the owner, if there is another one. */
 struct dp_vs_conn *proto_lookup(const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf, int *direct, bool reverse,
                                 lcoreid_t *peer_cid)
 {

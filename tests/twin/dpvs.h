@@ -326,6 +326,7 @@ enum {
     DPVS_TCP_S_LAST
 };
 
+enum { DPVS_SCTP_S_ESTABLISHED = 8, DPVS_SCTP_S_LAST = 14 };
 enum { DPVS_UDP_S_NONE = 0, DPVS_UDP_S_ONEWAY, DPVS_UDP_S_NORMAL, DPVS_UDP_S_LAST };
 
 struct dp_vs_stats {

@@ -251,7 +251,7 @@ static void one_service_json(FILE *out, const struct dp_vs_service *svc)
 
     inet_ntop(svc->af, &svc->addr, text, sizeof(text));
     fprintf(out, "{\"proto\":\"%s\",\"vip\":\"%s\",\"port\":%u,\"sched\":\"%s\",\"dests\":[",
-            svc->proto == IPPROTO_TCP ? "tcp" : "udp", text, ntohs(svc->port), svc->scheduler->name);
+            svc->proto == IPPROTO_TCP ? "tcp" : svc->proto == IPPROTO_UDP ? "udp" : "sctp", text, ntohs(svc->port), svc->scheduler->name);
     list_for_each_entry (dest, &svc->dests, n_list) {
         inet_ntop(dest->af, &dest->addr, text, sizeof(text));
         fprintf(out,

@@ -359,25 +359,9 @@ static struct dp_vs_conn *tcp_conn_lookup(struct dp_vs_proto *proto __rte_unused
     return proto_lookup(iph, mbuf, direct, reverse, peer_cid);
 }
 
-/* Move to a state: time-out and the server's counters follow. */
-static void enter(struct dp_vs_proto *proto, struct dp_vs_conn *conn, uint16_t state)
-{
-    struct dp_vs_dest *dest = conn->dest;
-    bool inactive = conn->flags & DPVS_CONN_F_INACTIVE;
-
-    conn->old_state = conn->state;
-    conn->state = state;
-    dp_vs_conn_set_timeout(conn, proto);
-    if (!dest || inactive == (state != DPVS_TCP_S_ESTABLISHED))
-        return;
-    rte_atomic32_add(&dest->actconns, inactive ? 1 : -1);
-    rte_atomic32_add(&dest->inactconns, inactive ? -1 : 1);
-    conn->flags ^= DPVS_CONN_F_INACTIVE;
-}
-
 void tcp_mark_established(struct dp_vs_conn *conn)
 {
-    enter(&dp_vs_proto_tcp, conn, DPVS_TCP_S_ESTABLISHED);
+    conn_enter(&dp_vs_proto_tcp, conn, DPVS_TCP_S_ESTABLISHED, DPVS_TCP_S_ESTABLISHED);
 }
 
 static int tcp_state_trans(struct dp_vs_proto *proto, struct dp_vs_conn *conn, struct rte_mbuf *mbuf, int dir)
@@ -400,7 +384,7 @@ static int tcp_state_trans(struct dp_vs_proto *proto, struct dp_vs_conn *conn, s
             this_stats->reused++;
     }
     if (state != conn->state)
-        enter(proto, conn, state);
+        conn_enter(proto, conn, state, DPVS_TCP_S_ESTABLISHED);
     return EDPVS_OK;
 }
 

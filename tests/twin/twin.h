@@ -177,6 +177,8 @@ int dp_vs_conn_init(void);
 struct list_head *conn_this_table(void);
 uint32_t conn_this_count(void);
 int conn_flush_this(void);
+/* Move to a state, and with it the server's counters: `active` is the state that counts as such. */
+void conn_enter(struct dp_vs_proto *proto, struct dp_vs_conn *conn, uint16_t state, uint16_t active);
 int conn_ctrl_init(void);
 int conn_dump_templates(int (*dump)(const struct list_head *table));
 
@@ -194,10 +196,11 @@ int dp_vs_redirects_init(void);
 int dp_vs_redirect_pkt(struct rte_mbuf *mbuf, lcoreid_t peer_cid);
 void dp_vs_redirect_ring_proc(lcoreid_t cid);
 
-/* proto.c, tcp.c, udp.c, core.c */
+/* tcp.c, udp.c, sctp.c, core.c */
 int dp_vs_proto_init(void);
 extern struct dp_vs_proto dp_vs_proto_tcp;
 extern struct dp_vs_proto dp_vs_proto_udp;
+extern struct dp_vs_proto dp_vs_proto_sctp;
 struct dp_vs_conn *proto_lookup(const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf, int *direct, bool reverse,
                                 lcoreid_t *peer_cid);
 int dp_vs_in(int af, struct rte_mbuf *mbuf);

@@ -284,7 +284,7 @@ static bool parse_prefix(const char *text, int *af, union inet_addr *addr, uint8
 
 static bool parse_proto(const char *text, int *proto)
 {
-    *proto = !strcmp(text, "tcp") ? IPPROTO_TCP : !strcmp(text, "udp") ? IPPROTO_UDP : 0;
+    *proto = !strcmp(text, "tcp") ? IPPROTO_TCP : !strcmp(text, "udp") ? IPPROTO_UDP : !strcmp(text, "sctp") ? IPPROTO_SCTP : 0;
     return *proto != 0;
 }
 
