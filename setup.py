@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 AGENT = Path("probes/agent")
-LOOPS = ["collector.rows", "replicator.packing"]
+LOOPS = ["collector.rows", "probes.gathering", "replicator.packing"]
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror"]
 
 
@@ -49,6 +49,8 @@ setup(
     ext_modules=cythonize(
         [Extension(name, [name.replace(".", "/") + ".py"], extra_compile_args=["-O3", "-g0"]) for name in LOOPS],
         build_dir="build/cython",
-        compiler_directives={"annotation_typing": False, "wraparound": False, "initializedcheck": False},
+        compiler_directives=dict.fromkeys(
+            ("annotation_typing", "boundscheck", "wraparound", "initializedcheck"), False
+        ),
     ),
 )

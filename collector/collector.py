@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from . import notes
 from .conns import as_words, conversion
-from .record import RECORD, UNKNOWN_WORKER, Bools, Records, Slots, Words
+from .record import RECORD, UNKNOWN_WORKER, Bools, Records, Slots
 from .rows import Looks
 from .table import BLOCK, NO_SLOTS, NOTHING, Applied, Bytes, SessionTable, Times, joined
 
@@ -61,8 +61,10 @@ class Pool(Protocol):
     def read(self, slots: Slots) -> tuple[Records, Bools]:
         """Sessions in n slots and whether each was read whole (not while DPVS wrote it)."""
 
-    def scan_hot(self, first: int, last: int) -> Words:
-        """Of the slots from ``first`` to before ``last``, some words that differ when the session or its state does."""
+    def scan_prints(self, first: int, last: int) -> npt.NDArray[np.uint32]:
+        """Of the slots from ``first`` to before ``last``, a number each, never 0, that differs when the session or its
+        state does.
+        """
 
     def live(self, slots: Slots) -> Bools:
         """Which of n slots hold a hashed session; one word of each is read."""
@@ -145,7 +147,6 @@ class Collector:
         )  # fmt: skip
         self._watch: Slots = NO_SLOTS  # slots with _WATCHED, each once, longest not looked at first
         self._prints = np.zeros(slots, np.uint32)  # of the words that the last scan saw; 0 after any other look
-        self._weights = (np.arange(1, 9, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
         self._cursor = 0
         self._hurry = slots  # slots still to scan without pause
         self._passes = 0
@@ -266,8 +267,7 @@ class Collector:
             if int(np.count_nonzero(used)) * SPARSE < end - first:
                 self._prints[part] = 0
                 return used  # so few that reading them costs less than comparing all
-        hot = self._pool.scan_hot(first, end)
-        prints = (hot @ self._weights[: hot.shape[1]] >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+        prints = self._pool.scan_prints(first, end)
         differs: Bools = prints != self._prints[part]
         self._prints[part] = prints
         if self._hurry:

@@ -17,14 +17,18 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from probes import gathering
 from probes.errors import DpvsProbeError
 from probes.target import Region, Target
 
 Words = npt.NDArray[np.uint64]
 Addresses = npt.NDArray[np.uint64]
+Prints = npt.NDArray[np.uint32]
+Bools = npt.NDArray[np.bool_]
 Span = tuple[int, int]
 BLOCK_BYTES = 16 << 20
 ROWS = 512  # rows gathered at once: what is touched stays in the second-level cache
+_WEIGHTS = (np.arange(1, 9, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
 
 PROT_NONE, MAP_FIXED, MAP_NORESERVE = 0, 0x10, 0x4000
 MAP_FAILED = ctypes.c_void_p(-1).value
@@ -53,11 +57,23 @@ class Memory(Protocol):
     def gather(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], out: Words | None = None) -> Words:
         """Shape (n, k), a copy: the word at each of k byte offsets (multiples of 8) from each of n places."""
 
+    def still(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], seen: Words) -> Bools:
+        """Shape (n,): whether the words at k offsets are what ``gather`` brought, the first k columns of ``seen``."""
+
+    def fold(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> Prints:
+        """``folded`` of what ``gather`` would bring."""
+
     def block(self, address: int, size: int) -> Words:
         """The words of a contiguous piece inside one span; valid until ``close``."""
 
     def close(self) -> None:
         """Release the pages; afterwards reading raises MemoryClosed."""
+
+
+def folded(words: Words) -> Prints:
+    """One number for each of n rows of up to 8 words, never 0; as good as surely another one when a word is."""
+    folds: Prints = (words @ _WEIGHTS[: words.shape[1]] >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+    return folds
 
 
 class SharedMemory:
@@ -104,11 +120,18 @@ class SharedMemory:
         return ((addresses - self._starts[span] + self._offsets[span]) >> np.uint64(3)).astype(np.int64)
 
     def gather(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], out: Words | None = None) -> Words:
-        flat, words = self._words(), offsets >> 3
         out = np.empty((len(places), len(offsets)), np.uint64) if out is None else out
-        for first in range(0, len(places), ROWS):
-            # "clip" only to spare numpy a buffer: places are ours and inside.
-            flat.take(places[first : first + ROWS, None] + words, out=out[first : first + ROWS], mode="clip")
+        gathering.gather(self._words(), places, offsets >> 3, out)
+        return out
+
+    def still(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], seen: Words) -> Bools:
+        same = np.empty(len(places), np.uint8)
+        gathering.still(self._words(), places, offsets >> 3, seen, same)
+        return same.view(np.bool_)
+
+    def fold(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> Prints:
+        out = np.empty(len(places), np.uint32)
+        gathering.fold(self._words(), places, offsets >> 3, _WEIGHTS, out)
         return out
 
     def block(self, address: int, size: int) -> Words:
@@ -149,6 +172,12 @@ class CopiedMemory:
         out = np.empty((len(places), len(offsets)), np.uint64) if out is None else out
         out[:] = objects.view(np.uint64)[:, (offsets - low) >> 3]
         return out
+
+    def still(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], seen: Words) -> Bools:
+        return np.asarray((self.gather(places, offsets) == seen[:, : len(offsets)]).all(axis=1))
+
+    def fold(self, places: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> Prints:
+        return folded(self.gather(places, offsets))
 
     def block(self, address: int, size: int) -> Words:
         return np.frombuffer(self._alive().read(address, size), np.uint64)

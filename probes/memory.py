@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from probes.layout import SESSION, BadLayout, Evidence, Layout, release_name, select
-from probes.mapping import ROWS, Addresses, Memory, Words, open_memory
+from probes.mapping import ROWS, Addresses, Memory, Prints, Words, open_memory
 from probes.mempool import Mempool, Memzone, PoolMismatch, SlotTable, find_memzones, find_objects, find_pools
 from probes.target import Target
 
@@ -210,8 +210,7 @@ class SessionPool:
         for first in range(0, len(places), ROWS):  # the second look finds what the first brought into the cache
             part = slice(first, first + ROWS)
             self._memory.gather(places[part], self._all.offsets, out=words[part])
-            differ = self._memory.gather(places[part], self._all.offsets[:steady]) != words[part, :steady]
-            ok[part] = ~differ.any(axis=1) if differ.any() else True
+            ok[part] = self._memory.still(places[part], self._all.offsets[:steady], words[part])
         return words.view(self._all.dtype)[:, 0], ok
 
     def valid(self, conns: Conns) -> Bools:
@@ -235,10 +234,15 @@ class SessionPool:
     def scan_hot(self, first: int = 0, last: int | None = None) -> Words:
         """Shape (n, 5) uint64 of the slots [first, last): client, ports, sequence words, flags and state, as they lie.
 
-        Made to be compared with the scan before: a word that differs is a session that changed. ``hot_flags`` and
-        ``hot_live`` read the last column.
+        ``hot_flags`` and ``hot_live`` read the last column.
         """
         return self._memory.gather(self._places[first:last], self.hot_offsets)
+
+    def scan_prints(self, first: int, last: int) -> Prints:
+        """``folded`` of ``scan_hot``, shape (n,), to be compared with the scan before: where it differs, a session has
+        changed.
+        """
+        return self._memory.fold(self._places[first:last], self.hot_offsets)
 
     def hot_flags(self, hot: Words) -> npt.NDArray[np.uint16]:
         return (hot[:, -1] >> self._flags_shift).astype(np.uint16)

@@ -21,7 +21,16 @@ from replicator.link import Down, Event, Receiver, Sender, Synced, Syncing, Up
 from replicator.membership import GIVEN
 from replicator.replica import Replica, Replicas
 from replicator.sharing import Sharing
-from replicator.transport.interface import Backoff, Connection, Dialer, LinkLost, Listener, Loss, PeerUnreachable
+from replicator.transport.interface import (
+    Backoff,
+    Connection,
+    Dialer,
+    Direct,
+    LinkLost,
+    Listener,
+    Loss,
+    PeerUnreachable,
+)
 from replicator.wire import Reason, SyncReason
 
 Clock = Callable[[], int]
@@ -59,24 +68,61 @@ class _Driver:
         self._wake = asyncio.Event()
         self._halted = False
         self._lost: LinkLost | None = None  # how the connection ended, where it was not in order
+        self._direct: Direct | None = None  # the connection, where it can be served without a task's turn
+        self._waits = False  # the task has said all, and waits for more
+        self._alarm_ns = 0  # when it looks again by itself
+        self._fault: Exception | None = None  # of ours, in what came
 
     def halt(self) -> None:
         """Say nothing any more, whatever the engine would."""
         self._halted = True
         self._wake.set()
 
-    def wake(self) -> None:
-        """There may be something to say."""
-        self._wake.set()
+    def wake(self) -> bool:
+        """There may be something to say. It is said before this returns, where the connection can do that; else False,
+        and the task will do it in its turn.
+        """
+        direct = self._direct
+        if direct is None or not self._waits or self._wake.is_set() or not direct.roomy:
+            self._wake.set()
+            return False
+        now = self._clock()
+        frames = self._engine.outgoing(now)
+        try:
+            if frames:
+                direct.send_now(frames)
+        except LinkLost as error:
+            self._lost = error
+        due = self._engine.next_deadline(now)
+        if self._lost is not None or self._engine.closed or (due is not None and due < self._alarm_ns):
+            self._wake.set()
+        self._tell()
+        return True
+
+    def _hear(self, data: bytes) -> None:
+        """What came, from a connection that calls; and at once what there is to say to it."""
+        try:
+            if self._hears is not None:
+                self._hears()
+            self._engine.receive(data, self._clock())
+            self.wake()
+        except Exception as error:  # as in ``_read``: the link ends, the node goes on
+            self._fault = error
+            self._wake.set()
 
     async def drive(self, connection: Connection) -> None:
         """Returns when the link is over; the connection is closed then. Raises nothing of the transport's."""
         engine = self._engine
-        self._lost = None
+        self._lost = self._fault = None
         reading = asyncio.create_task(self._read(connection))
+        if isinstance(connection, Direct):
+            self._direct = connection
+            connection.deliver(self._hear)
         try:
-            while not self._halted:
+            while not self._halted and self._fault is None:
                 self._wake.clear()
+                if self._direct is not None and self._lost is not None and not reading.done():
+                    raise self._lost
                 frames = engine.outgoing(self._clock())
                 over = engine.closed  # these frames are its last: it may close at any moment after this
                 self._tell()
@@ -95,8 +141,12 @@ class _Driver:
             self._on_event = _ignore  # it is we who end it: nothing to say
             raise
         finally:
+            if self._direct is not None:
+                self._direct.deliver(None)
+                self._direct = None
             reading.cancel()
             (found,) = await asyncio.gather(reading, return_exceptions=True)
+            found = found or self._fault
             if isinstance(found, Exception):  # a fault of ours: the link ends, the node goes on
                 log.error("reading from %s failed", connection.remote, exc_info=found)
             if self._lost is None:
@@ -123,10 +173,13 @@ class _Driver:
         now = self._clock()
         due = self._engine.next_deadline(now)
         seconds = LONGEST_WAIT_S if due is None else min(max(due - now, 0) / 1e9, LONGEST_WAIT_S)
+        self._alarm_ns = now + int(seconds * 1e9)
+        self._waits = True
         alarm = asyncio.get_running_loop().call_later(seconds, self._wake.set)  # a third of the cost of a timeout
         try:
             await self._wake.wait()
         finally:
+            self._waits = False
             alarm.cancel()
 
     def _tell(self) -> None:
@@ -202,10 +255,9 @@ class Outbound:
         """For how long the peer has not been there; None if it is."""
         return now_ns - self.since_ns if self._connection is None or self.sender.peer is None else None
 
-    def poke(self) -> None:
-        """The table may have changed."""
-        if self._connection is not None and self.sender.pending:
-            self._driver.wake()
+    def poke(self) -> bool:
+        """The table may have changed; False if the peer is only told of it when the link's task has its turn."""
+        return self._connection is None or not self.sender.pending or self._driver.wake()
 
     def halt(self) -> None:
         """What the table says is not to be trusted: tell nobody."""
@@ -413,10 +465,9 @@ class Links:
         """To all peers that we dial."""
         return (link.sender for link in self._outbound)
 
-    def poke(self) -> None:
-        """Our table may have changed."""
-        for link in self._outbound:
-            link.poke()
+    def poke(self) -> bool:
+        """Our table may have changed; False if some peer is only told of it when its link's task has its turn."""
+        return all([link.poke() for link in self._outbound])
 
     def want(self, keys: FlowKeys) -> int:
         """Ask all peers that send us their sessions for those of n flows; how many were asked."""

@@ -224,8 +224,7 @@ class Node:
         while not self._target_ended:
             now = self._clock()
             try:
-                self.hear(now)
-                if self._prove is None:
+                if not self.hear(now):
                     await asyncio.sleep(0)  # peers are told of it before anything else is done
                     if self._target_ended:
                         return
@@ -249,14 +248,13 @@ class Node:
         self.hear(now_ns)
         self.look(now_ns)
 
-    def hear(self, now_ns: int) -> None:
-        """First half of a round: what the probes say."""
+    def hear(self, now_ns: int) -> bool:
+        """First half of a round: what the probes say; False if links have to have their turn, to tell peers of it."""
         self.ticks += 1
         if self._parts.governed is not None:
             self._parts.governed.tick(now_ns)
         self._note(self._parts.collector.tick(now_ns), now_ns)
-        if self._prove is None:
-            self._parts.links.poke()
+        return self._prove is not None or self._parts.links.poke()
 
     def look(self, now_ns: int) -> None:
         """Second half: a slice of the scan, and what that means for peers and for our own DPVS."""

@@ -12,6 +12,10 @@ cdef u8 _CREATE4, _UPDATE4, _CREATE6, _UPDATE6, _ENDED, _NOTHING
 cdef int _NO_SUCH_SLOT, _NO_GENERATION, _NOT_IPV4, _NO_FAMILY, _LONG_ADDRESS
 cdef i64 _LEAST_NS, _PER_OCTAVE, _LONG_NS
 
+cdef int _room(bint enough) except -1
+@cython.locals(i=Py_ssize_t, outside=bint)
+cdef int _inside(const i64[:] slots, i64 limit) except -1
+
 cdef class Telling:
     cdef const u64[:, ::1] words
     cdef const u8[::1] shared
@@ -19,8 +23,8 @@ cdef class Telling:
     cdef u64 fetched
 
     @cython.locals(i=Py_ssize_t, slot=i64, seen=u64)
-    cdef int fetch(self, const i64[:] slots, Py_ssize_t first) except -1
-    @cython.locals(i=Py_ssize_t, k=Py_ssize_t, slot=i64, told=u8, kind=u8)
+    cdef int fetch(self, const i64[:] slots, Py_ssize_t first) noexcept
+    @cython.locals(i=Py_ssize_t, k=Py_ssize_t, n=Py_ssize_t, slot=i64, told=u8, kind=u8)
     cpdef sort(self, const i64[:] slots, const u8[:] fresh, u8[::1] kinds, i64[::1] counts)
     @cython.locals(i=Py_ssize_t, w=Py_ssize_t, slot=i64)
     cpdef pack4(self, const i64[:] slots, u64[:, ::1] out)

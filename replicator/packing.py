@@ -29,11 +29,27 @@ _HALF = 0xFFFFFFFF
 _AHEAD = 64  # rows fetched at once
 
 
+def _room(enough: bool) -> None:
+    """Raise IndexError where an array is shorter than what is to be done with it."""
+    if not enough:
+        raise IndexError("arrays of sizes that do not fit")
+
+
+def _inside(slots: I64, limit: int) -> None:
+    """Raise IndexError unless all of n slots are from 0 to before ``limit``."""
+    outside = 0
+    for i in range(slots.shape[0]):
+        outside |= slots[i] < 0 or slots[i] >= limit
+    if outside:
+        raise IndexError(f"a slot that is not among {limit}")
+
+
 class Telling:
     """What one peer has been told of the rows of a table."""
 
     def __init__(self, words: U64, shared: U8, told: U8) -> None:
         """``shared``: rows that peers are told of; ``told``: where this peer may believe a session to be."""
+        _room(words.shape[0] == shared.shape[0] == told.shape[0] and words.shape[1] == 18)
         self.words, self.shared, self.told = words, shared, told
         self.fetched = 0
 
@@ -51,6 +67,9 @@ class Telling:
 
         ``fresh``: it may never have heard of this generation.
         """
+        n = slots.shape[0]
+        _inside(slots, self.words.shape[0])
+        _room(fresh.shape[0] == n and kinds.shape[0] >= n and counts.shape[0] >= 6)
         for k in range(6):
             counts[k] = 0
         for i in range(slots.shape[0]):
@@ -70,6 +89,8 @@ class Telling:
 
     def pack4(self, slots: I64, out: U64) -> None:
         """Rows of n slots as records of kind 4: (n, 12) words."""
+        _inside(slots, self.words.shape[0])
+        _room(out.shape[0] >= slots.shape[0] and out.shape[1] == 12)
         for i in range(slots.shape[0]):
             slot = slots[i]
             out[i, 0] = self.words[slot, 0]
@@ -81,6 +102,8 @@ class Telling:
 
     def pack6(self, slots: I64, out: U64) -> None:
         """Rows of n slots as records of kind 6: (n, 18) words."""
+        _inside(slots, self.words.shape[0])
+        _room(out.shape[0] >= slots.shape[0] and out.shape[1] == 18)
         for i in range(slots.shape[0]):
             for w in range(18):
                 out[i, w] = self.words[slots[i], w]
@@ -88,6 +111,7 @@ class Telling:
 
 def unpack4(items: U64, slots: int, out: U64) -> int:
     """Records of kind 4, (n, 12) words, as records, (n, 18); what is wrong with them."""
+    _room(items.shape[1] == 12 and out.shape[0] >= items.shape[0] and out.shape[1] == 18)
     for i in range(items.shape[0]):
         if items[i, 1] & 0xFFFF != (_AF_INET | _AF_INET << 8):
             return _NOT_IPV4
@@ -112,6 +136,7 @@ def unpack4(items: U64, slots: int, out: U64) -> int:
 
 def unpack6(items: U64, slots: int, out: U64) -> int:
     """Records of kind 6, (n, 18) words, as records; what is wrong with them."""
+    _room(items.shape[1] == out.shape[1] == 18 and out.shape[0] >= items.shape[0])
     for i in range(items.shape[0]):
         af, af_out = items[i, 1] & 0xFF, (items[i, 1] >> 8) & 0xFF
         if (af != _AF_INET and af != _AF_INET6) or (af_out != _AF_INET and af_out != _AF_INET6):
@@ -131,6 +156,7 @@ def unpack6(items: U64, slots: int, out: U64) -> int:
 
 def rising(words: U64) -> bool:
     """Whether the slots of n records go up, so that none stands there twice."""
+    _room(words.shape[1] > 0)
     for i in range(1, words.shape[0]):
         if words[i, 0] & _HALF <= words[i - 1, 0] & _HALF:
             return False
@@ -140,6 +166,7 @@ def rising(words: U64) -> bool:
 def tally(since_ns: I64, now_ns: int, counts: I64) -> int:
     """Count how long ago n times (0: none) were in ``counts``, see histogram.py; the longest."""
     longest = 0
+    _room(counts.shape[0] > 0)
     for i in range(since_ns.shape[0]):
         if since_ns[i] <= 0:
             continue

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from probes.errors import DpvsProbeError
 
@@ -76,6 +76,23 @@ class Connection(Protocol):
 
     def on_the_way(self) -> Way | None:
         """What tells a slow way from a slow peer; None where nobody knows."""
+
+
+@runtime_checkable
+class Direct(Connection, Protocol):
+    """One that can also be served without a task's turn, which costs a round of the loop each time."""
+
+    @property
+    def roomy(self) -> bool:
+        """What is handed over now need not wait for room."""
+
+    def send_now(self, frames: Iterable[bytes | memoryview]) -> None:
+        """``send``, while it is roomy. Raises LinkLost."""
+
+    def deliver(self, hear: Callable[[bytes], None] | None) -> None:
+        """From now on call ``hear`` with what comes, as it comes; ``receive`` then only tells of the end. None: keep it
+        for ``receive`` again.
+        """
 
 
 class Dialer(Protocol):

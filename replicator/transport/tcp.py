@@ -14,7 +14,7 @@ import socket
 import struct
 import termios
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from .address import Address, UnknownHost, reason
@@ -67,6 +67,20 @@ class TcpConnection:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._closed = False
+
+    @property
+    def roomy(self) -> bool:
+        """What is handed over now need not wait for room."""
+        return not self._closed and self._writer.transport.get_write_buffer_size() == 0
+
+    def send_now(self, frames: Iterable[bytes | memoryview]) -> None:
+        """Hand frames over, in order, without waiting. Raises LinkLost."""
+        data = b"".join(frames)
+        try:
+            self._writer.write(data)
+        except OSError as error:
+            raise LinkLost(self.remote, reason(error), loss_of(error)) from error
+        self.bytes_sent += len(data)
 
     async def send(self, frames: Iterable[bytes | memoryview]) -> None:
         """Hand frames over, in order; returns when there is room for more. Raises LinkLost."""
@@ -179,14 +193,17 @@ class TcpListener:
     async def _serve(self, host: str | None, port: int) -> asyncio.Server:
         return await asyncio.start_server(self._arrived, host, port, limit=BUFFER_BYTES)
 
-    def _arrived(self, reader: Reader, writer: Writer, node: str | None = None) -> None:
+    def _arrived(self, reader: Reader, writer: Writer) -> None:
+        self._accept(lambda: TcpConnection(reader, writer, silence_s=self._silence_s), writer)
+
+    def _accept(self, make: Callable[[], TcpConnection], writer: Writer) -> None:
         if self._server is None or self._waiting.full():
             log.debug("connection from %s dropped: too many wait", name_of(writer.get_extra_info("peername")))
             self.refused[CROWDED] += 1
             writer.transport.abort()
             return
         try:
-            self._waiting.put_nowait(TcpConnection(reader, writer, node, silence_s=self._silence_s))
+            self._waiting.put_nowait(make())
         except OSError as error:  # reset before we could look at it
             log.debug("connection lost at once: %s", reason(error))
             writer.transport.abort()

@@ -18,6 +18,7 @@ import asyncio
 import logging
 import os
 import ssl
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from replicator.keys import Identity, KeyMismatch, KeysError, load_identity, node_of_der
 
 from .address import Address, reason
-from .interface import Loss, PeerUnreachable
+from .interface import PEER_TIMEOUT_S, Loss, PeerUnreachable
 from .tcp import BUFFER_BYTES, READ_BYTES, TcpConnection, TcpDialer, TcpListener, name_of
 
 HANDSHAKE_S = 2.0
@@ -156,6 +157,7 @@ class TlsStream(asyncio.BufferedProtocol):
         self._writable.set()
         self._error: OSError | None = None  # once it is set, nothing more can be read or written
         self._closing = False
+        self._hear: Callable[[bytes], None] | None = None
         self.ready: asyncio.Future[str] = self._loop.create_future()
         self._timer = self._loop.call_later(HANDSHAKE_S, self.refuse, Refused(Refusal.SLOW))
 
@@ -214,6 +216,10 @@ class TlsStream(asyncio.BufferedProtocol):
             self._readable.clear()
             await self._readable.wait()
 
+    def deliver(self, hear: Callable[[bytes], None] | None) -> None:
+        """Call ``hear`` with what comes, as it comes, instead of keeping it for ``read``; None: keep it again."""
+        self._hear = hear
+
     def close(self) -> None:
         """Say that we end, and close when all is sent."""
         if self._closing:
@@ -255,6 +261,9 @@ class TlsStream(asyncio.BufferedProtocol):
         self._incoming.write(self._network[:nbytes])
         if not self.ready.done():
             self._shake_hands()
+        if self._hear is not None and self.ready.done():
+            self._hand_over()
+            return
         if self._incoming.pending >= _PENDING:
             self.transport.pause_reading()
         self._readable.set()
@@ -300,6 +309,17 @@ class TlsStream(asyncio.BufferedProtocol):
         self._plain = memoryview(bytearray(READ_BYTES))
         self.ready.set_result(name)
 
+    def _hand_over(self) -> None:
+        """To whoever wants to be called; the end is for ``read`` to tell."""
+        while self._hear is not None:
+            count, ended = self._decrypt(len(self._plain))
+            if count:
+                self._hear(bytes(self._plain[:count]))
+            if ended or self._error is not None:
+                self._readable.set()
+            if count < len(self._plain):
+                break
+
     def _decrypt(self, size: int) -> tuple[int, bool]:
         """Bytes put into the buffer, and whether the peer has said that it ends."""
         count = 0
@@ -335,6 +355,26 @@ class TlsStream(asyncio.BufferedProtocol):
         self._readable.set()
 
 
+class TlsConnection(TcpConnection):
+    """One established TLS connection, which can be served without a task's turn."""
+
+    def __init__(self, stream: TlsStream, node: str, *, silence_s: float = PEER_TIMEOUT_S) -> None:
+        super().__init__(stream, stream, node, silence_s=silence_s)
+        self._stream = stream
+
+    def deliver(self, hear: Callable[[bytes], None] | None) -> None:
+        """Call ``hear`` with what comes, as it comes; ``receive`` then only tells of the end."""
+        if hear is None:
+            self._stream.deliver(None)
+            return
+
+        def counted(data: bytes) -> None:
+            self.bytes_received += len(data)
+            hear(data)
+
+        self._stream.deliver(counted)
+
+
 class TlsDialer(TcpDialer):
     """Makes TLS connections to one peer."""
 
@@ -347,7 +387,7 @@ class TlsDialer(TcpDialer):
         _, stream = await loop.create_connection(lambda: TlsStream(self._tls.dialing, dial=True), host, port)
         try:
             node = await stream.ready
-            return TcpConnection(stream, stream, node, silence_s=self._silence_s)
+            return TlsConnection(stream, node, silence_s=self._silence_s)
         except BaseException as error:
             stream.refuse(Refused(Refusal.GONE))
             stream.transport.close()
@@ -387,7 +427,7 @@ class TlsListener(TcpListener):
         del self._shaking[stream]
         error = ready.exception()
         if error is None:
-            self._arrived(stream, stream, ready.result())
+            self._accept(lambda: TlsConnection(stream, ready.result(), silence_s=self._silence_s), stream)
         elif isinstance(error, Refused) and self._server is not None:
             self.refused[error.refusal.key] += 1
             now = asyncio.get_running_loop().time()

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from collector import record
 from collector.collector import Collector
 from collector.conns import from_conns
-from collector.record import Bools, Records, Slots, Words
+from collector.record import Bools, Records, Slots
 from collector.table import SessionTable
+from probes.mapping import Prints, folded
 from replicator import codec
 from replicator.link import LinkSettings, Receiver, Sender, Synced
 from replicator.replica import Replicas
@@ -64,12 +65,12 @@ class Pool:
     def read(self, slots: Slots) -> tuple[Records, Bools]:
         return self._rows.take(slots).view(CONN), np.ones(len(slots), np.bool_)
 
-    def scan_hot(self, first: int, last: int) -> Words:
+    def scan_prints(self, first: int, last: int) -> Prints:
         part = self.conns[first:last]
         hot = np.empty((len(part), 4), np.uint64)
         hot[:, 0], hot[:, 1] = part["cport"], part["fnat_seq_delta"]
         hot[:, 2], hot[:, 3] = part["state"], part["flags"]
-        return hot
+        return folded(hot)
 
     def live(self, slots: Slots) -> Bools:
         return np.asarray((self.conns["flags"][slots] & record.HASHED) != 0)

@@ -60,7 +60,7 @@ def test_the_wheel_holds_bpf_sources_layouts_and_agent(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert set(NEEDED) <= names
-    for module in ("collector/rows", "replicator/packing"):
+    for module in ("collector/rows", "probes/gathering", "replicator/packing"):
         assert [name for name in names if name.startswith(f"{module}.{sys.implementation.cache_tag}")], module
     shim = {str(path.relative_to(ROOT)) for path in (ROOT / "probes/bpf").rglob("*.h")}
     assert shim <= names

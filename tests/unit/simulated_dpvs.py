@@ -6,6 +6,7 @@ import numpy as np
 from collector import record
 from collector.conns import from_conns
 from collector.record import Bools, Records, Slots, Words
+from probes.mapping import Prints, folded
 
 CONN = np.dtype(
     [
@@ -120,13 +121,13 @@ class SimulatedDpvs:
         conns["caddr"][~whole] = 0xAA
         return conns, whole
 
-    def scan_hot(self, first: int, last: int) -> Words:
+    def scan_prints(self, first: int, last: int) -> Prints:
         conns = self.conns[first:last]
         hot = np.zeros((len(conns), 4), np.uint64)
         hot[:, 0], hot[:, 1] = conns["cport"], conns["fnat_seq_isn"].astype(np.uint64) << 32 | conns["fnat_seq_delta"]
         hot[:, 2] = conns["flags"].astype(np.uint64) << 16 | conns["state"]
         hot[:, 3] = np.ascontiguousarray(conns["caddr"][:, :8]).view(np.uint64)[:, 0]
-        return hot
+        return folded(hot)
 
     def live(self, slots: Slots) -> Bools:
         return np.asarray((self.conns["flags"][slots] & record.HASHED) != 0)

@@ -13,7 +13,7 @@ from collector.conns import from_conns
 from collector.record import FNAT
 from probes import mempool
 from probes.layout import Layout, UnknownLayout
-from probes.mapping import MapFailed, MemoryClosed, open_memory
+from probes.mapping import MapFailed, MemoryClosed, folded, open_memory
 from probes.memory import SessionPool, choose_layout
 from probes.mempool import PoolMismatch, PoolNotFound, SlotTable, find_memzones, find_pools, parse_memzones
 from probes.target import Target
@@ -253,17 +253,21 @@ class TestReading:
         for slot in range(100):
             own.session(slot, flags=0x1305 if slot % 2 else 0x1205)
         with opened(tmp_path, target, own) as pool:
-            before = pool.scan_hot()
+            before, prints = pool.scan_hot(), pool.scan_prints(0, 100)
             assert before.shape == (100, 5)
             assert (pool.hot_live(before) == (np.arange(100) % 2 == 1)).all()
             assert set(pool.hot_flags(before).tolist()) == {0x1305, 0x1205}
             assert (pool.scan_hot(10, 20) == before[10:20]).all()
+            assert (prints == folded(before)).all()
+            assert (pool.scan_prints(10, 20) == prints[10:20]).all()
+            assert prints.all()
             own.set(11, state=5)
             own.set(12, fnat_seq=bytes(16))
             own.set(13, lport=(9).to_bytes(2, "big"))
             own.set(14, rs_end_seq=77, refcnt=2)  # what every packet moves is no change
             own.set(15, caddr=b"\x0a\1\0\6")
             assert np.flatnonzero((pool.scan_hot() != before).any(axis=1)).tolist() == [11, 12, 13, 15]
+            assert np.flatnonzero(pool.scan_prints(0, 100) != prints).tolist() == [11, 12, 13, 15]
 
     def test_other_memory(self, tmp_path: Path, target: Target, shared: bool) -> None:
         own = OwnPool(tmp_path, shared=shared)
@@ -276,7 +280,7 @@ class TestReading:
         pool = opened(tmp_path, target, OwnPool(tmp_path, shared=shared))
         pool.close()
         pool.close()
-        for read in (pool.live, pool.scan_hot, lambda: pool.read(slots(0))):
+        for read in (pool.live, pool.scan_hot, lambda: pool.scan_prints(0, 1), lambda: pool.read(slots(0))):
             with pytest.raises(MemoryClosed):
                 read()
 
@@ -295,6 +299,9 @@ class TornMemory:
         for slot, field in self.change.items():
             self.own.set(slot, **{field: self.looks + 100})
         return result
+
+    def still(self, places, offsets, seen):  # type: ignore[no-untyped-def]
+        return self.inner.still(places, offsets, seen)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# The types of gathering.py, for Cython.
+cimport cython
+
+ctypedef unsigned char u8
+ctypedef unsigned int u32
+ctypedef unsigned long long u64
+ctypedef long long i64
+
+@cython.locals(i=Py_ssize_t, k=Py_ssize_t, low=i64, high=i64, outside=bint)
+cdef int _inside(const u64[::1] flat, const i64[:] places, const i64[::1] words) except -1
+@cython.locals(i=Py_ssize_t, k=Py_ssize_t, n=Py_ssize_t, each=Py_ssize_t, place=i64)
+cpdef gather(const u64[::1] flat, const i64[:] places, const i64[::1] words, u64[:, ::1] out)
+@cython.locals(i=Py_ssize_t, k=Py_ssize_t, n=Py_ssize_t, each=Py_ssize_t, place=i64, differ=u64)
+cpdef still(const u64[::1] flat, const i64[:] places, const i64[::1] words, const u64[:, ::1] seen, u8[::1] same)
+@cython.locals(i=Py_ssize_t, k=Py_ssize_t, n=Py_ssize_t, each=Py_ssize_t, place=i64, total=u64)
+cpdef fold(const u64[::1] flat, const i64[:] places, const i64[::1] words, const u64[::1] weights, u32[::1] out)
