@@ -142,11 +142,11 @@ class Collector:
         self._lcore: Bytes = np.full(slots, UNKNOWN_WORKER, np.uint8)  # from a creation not acted on yet
         self._conversion = conversion(pool.read(NO_SLOTS)[0].dtype, self._modes)
         self._conversion.into(table.row)
-        self._looks = Looks(
-            table.rows_, self._conversion, self._notes, self._since_ns, self._until_ns, self._lcore
-        )  # fmt: skip
         self._watch: Slots = NO_SLOTS  # slots with _WATCHED, each once, longest not looked at first
         self._prints = np.zeros(slots, np.uint32)  # of the words that the last scan saw; 0 after any other look
+        self._looks = Looks(
+            table.rows_, self._conversion, self._notes, self._since_ns, self._until_ns, self._lcore, self._prints
+        )  # fmt: skip
         self._cursor = 0
         self._hurry = slots  # slots still to scan without pause
         self._passes = 0
@@ -171,18 +171,18 @@ class Collector:
         heard = self._hear()
         self._busy = len(heard) > 0
         self._count_lost()
-        waiting = self._watch
-        if len(heard):
+        waiting, slots, room = self._watch, heard, self.settings.young_each_tick
+        if len(waiting):
             waiting = waiting[(self._notes[waiting] & notes.HEARD) == 0]
-            self._notes[heard] &= np.uint8(0xFF ^ notes.HEARD)
-        room = self.settings.young_each_tick
-        slots = np.concatenate((heard, waiting[:room]))
+            slots = np.concatenate((heard, waiting[:room]))
         if len(slots) == 0:
             return NOTHING
         applied, keep = self._look(slots, now_ns)
-        self._notes[slots] &= np.uint8(0xFF ^ notes.WATCHED)
-        self._notes[keep] |= np.uint8(notes.WATCHED)
-        self._watch = np.concatenate((waiting[room:], keep))
+        if len(self._watch):  # else none of them has the note
+            self._notes[slots] &= np.uint8(0xFF ^ notes.WATCHED)
+        if len(keep):
+            self._notes[keep] |= np.uint8(notes.WATCHED)
+        self._watch = np.concatenate((waiting[room:], keep)) if len(waiting) > room else keep
         return applied
 
     def scan(self, now_ns: int) -> Applied:
@@ -336,8 +336,6 @@ class Collector:
         return joined([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def _look_block(self, slots: Slots, now_ns: int) -> tuple[Applied, Slots]:
-        count = self.counters
-        self._prints[slots] = 0
         conns, whole = self._pool.read(slots)
         again = np.empty(len(slots), np.int64)
         self.table.rows_.begin()
@@ -346,10 +344,10 @@ class Collector:
         applied = self.table.finish()
         count, looks = self.counters, self._looks
         count["reads"] += len(slots)
-        if not whole.all():
-            count["reads_torn"] += int(np.count_nonzero(~whole))
-        for name, changed in zip(("created", "updated", "deleted"), applied, strict=True):
-            count[name] += len(changed)
+        count["reads_torn"] = looks.torn
+        count["created"] += len(applied.created)
+        count["updated"] += len(applied.updated)
+        count["deleted"] += len(applied.deleted)
         for name in _LOOKS:
             count[name] = getattr(looks, name)
         self.copies = looks.copies

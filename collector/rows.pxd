@@ -72,6 +72,8 @@ cdef class Looks:
     cdef Rows rows
     cdef Conversion conversion
     cdef u8[::1] notes, lcore
+    cdef u32[::1] prints
+    cdef readonly i64 torn
     cdef i64[::1] since_ns, until_ns
     cdef readonly i64 events_created, events_freed, events_unknown_slot
     cdef readonly i64 malformed, one_packet, never_hashed, renewed_by_event, copies, adopted
@@ -83,7 +85,7 @@ cdef class Looks:
                           const u8[::1] lcores, i64[::1] heard) except -1
     @cython.locals(i=Py_ssize_t, slot=i64, seen=u64)
     cdef int fetch(self, const i64[:] slots, Py_ssize_t first) noexcept
-    @cython.locals(i=Py_ssize_t, n=Py_ssize_t, found=Py_ssize_t)
+    @cython.locals(i=Py_ssize_t, n=Py_ssize_t, slot=i64, found=Py_ssize_t)
     cpdef Py_ssize_t look(self, const u8[:] whole, const i64[:] slots, i64 now_ns, i64 young_ns,
                           i64[::1] again) except -1
     @cython.locals(rows=Rows, record=Conversion, head=u64, flags=u64, note=u8, present=bint, known=bint, copy=bint, valid=bint, gone=bint,

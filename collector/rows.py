@@ -281,17 +281,19 @@ class Looks:
     """What the collector notes on each slot between two looks at it."""
 
     def __init__(
-        self, rows: Rows, conversion: Conversion, notes: U8, since_ns: I64, until_ns: I64, lcore: U8
-    ) -> None:  # fmt: skip
+        self, rows: Rows, conversion: Conversion, notes: U8, since_ns: I64, until_ns: I64, lcore: U8, prints: U32
+    ) -> None:
         """``since_ns``: first event not acted on yet, 0 without one; ``until_ns``: a young session is looked at each
-        tick until then; ``lcore``: from a creation not acted on yet.
+        tick until then; ``lcore``: from a creation not acted on yet; ``prints``: what the scan compares.
         """
         self.rows, self.conversion = rows, conversion
         n = self.rows.words.shape[0]
-        _room(notes.shape[0] == since_ns.shape[0] == until_ns.shape[0] == lcore.shape[0] >= n)
+        _room(notes.shape[0] == since_ns.shape[0] == until_ns.shape[0] == lcore.shape[0] == prints.shape[0] >= n)
         self.notes, self.since_ns, self.until_ns, self.lcore = notes, since_ns, until_ns, lcore
+        self.prints = prints
         self.fetched = 0
         self.events_created = self.events_freed = self.events_unknown_slot = 0
+        self.torn = 0
         self.malformed = self.one_packet = self.never_hashed = self.renewed_by_event = self.copies = self.adopted = 0
 
     def hear(self, events: U64, slots: I64, tids: U32, lcores: U8, heard: I64) -> int:
@@ -347,8 +349,13 @@ class Looks:
             if i % _AHEAD == 0:
                 self.rows.fetch(slots, i)
                 self.fetch(slots, i)
-            if not whole[i] or self._one(i, slots[i], now_ns, young_ns):
-                again[found] = slots[i]
+            slot = slots[i]
+            self.prints[slot] = 0
+            self.notes[slot] &= ~_HEARD
+            if not whole[i]:
+                self.torn += 1
+            if not whole[i] or self._one(i, slot, now_ns, young_ns):
+                again[found] = slot
                 found += 1
         return found
 
@@ -357,7 +364,7 @@ class Looks:
         seen = self.fetched
         for i in range(first, min(first + _AHEAD, slots.shape[0])):
             slot = slots[i]
-            seen ^= self.notes[slot] ^ self.lcore[slot]
+            seen ^= self.notes[slot] ^ self.lcore[slot] ^ self.prints[slot]
             seen ^= self.since_ns[slot] ^ self.until_ns[slot] ^ self.rows.born_ns[slot]
         self.fetched = seen
 

@@ -312,8 +312,10 @@ class SessionTable:
     def finish(self) -> Applied:
         """What ``rows_`` changed since its ``begin``, at most BLOCK rows; peers are to be told of it."""
         rows = self.rows_
-        counts = (rows.created, rows.updated, rows.deleted)
-        created, updated, deleted = (self._changed[kind, :count].copy() for kind, count in enumerate(counts))
+        changed = self._changed
+        created = changed[0, : rows.created].copy() if rows.created else NO_SLOTS
+        updated = changed[1, : rows.updated].copy() if rows.updated else NO_SLOTS
+        deleted = changed[2, : rows.deleted].copy() if rows.deleted else NO_SLOTS
         self.count += rows.more
         self.created += len(created)
         self.updated += len(updated)

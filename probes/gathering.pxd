@@ -15,3 +15,8 @@ cpdef gather(const u64[::1] flat, const i64[:] places, const i64[::1] words, u64
 cpdef still(const u64[::1] flat, const i64[:] places, const i64[::1] words, const u64[:, ::1] seen, u8[::1] same)
 @cython.locals(i=Py_ssize_t, k=Py_ssize_t, n=Py_ssize_t, each=Py_ssize_t, place=i64, total=u64)
 cpdef fold(const u64[::1] flat, const i64[:] places, const i64[::1] words, const u64[::1] weights, u32[::1] out)
+@cython.locals(i=Py_ssize_t, n=Py_ssize_t, extents=Py_ssize_t, extent=Py_ssize_t, low=Py_ssize_t, high=Py_ssize_t,
+               middle=Py_ssize_t, address=u64, page=i64, number=u64)
+cpdef find(const u64[:] addresses, const u64[::1] starts, const u64[::1] ends, const i64[::1] pages,
+           const i64[::1] page0, const u64[::1] first, const i64[::1] base, const u64[::1] count, int shift,
+           u64 stride, i64[::1] out)

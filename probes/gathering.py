@@ -61,3 +61,36 @@ def fold(flat: U64, places: I64, words: I64, weights: U64, out: U32) -> None:
         for k in range(each):
             total += flat[place + words[k]] * weights[k]
         out[i] = (total >> 32) | 1
+
+
+def find(
+    addresses: U64, starts: U64, ends: U64, pages: I64, page0: I64, first: U64, base: I64, count: U64, shift: int,
+    stride: int, out: I64,
+) -> None:  # fmt: skip
+    """To ``out``, (n,), the slot of each address, -1 where there is none; the arrays are those of ``SlotTable``."""
+    n, extents = addresses.shape[0], starts.shape[0]
+    if not (ends.shape[0] == pages.shape[0] == page0.shape[0] == extents > 0 and out.shape[0] == n and stride > 0):
+        raise IndexError("arrays of sizes that do not fit")
+    if not first.shape[0] == base.shape[0] == count.shape[0]:
+        raise IndexError("arrays of sizes that do not fit")
+    extent = 0
+    for i in range(n):
+        address = addresses[i]
+        out[i] = -1
+        if address < starts[extent] or address >= ends[extent]:  # most follow one of the same extent
+            low, high = 0, extents
+            while low < high:
+                middle = (low + high) >> 1
+                if starts[middle] <= address:
+                    low = middle + 1
+                else:
+                    high = middle
+            if low == 0 or address >= ends[low - 1]:
+                continue
+            extent = low - 1
+        page = pages[extent] + (address >> shift) - page0[extent]
+        if page < 0 or page >= first.shape[0] or address < first[page]:
+            continue
+        number = (address - first[page]) // stride
+        if number < count[page] and first[page] + number * stride == address:
+            out[i] = base[page] + number

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from probes import gathering
 from probes.errors import DpvsProbeError
 from probes.layout import Layout
 from probes.mapping import BLOCK_BYTES, Addresses, Memory
@@ -276,12 +277,9 @@ class SlotTable:
 
     def slot_of(self, addresses: Addresses) -> npt.NDArray[np.int64]:
         """Slot of each address, -1 where it is not the address of an object."""
-        extent = np.searchsorted(self._starts, addresses, "right") - 1
-        good = (extent >= 0) & (addresses < self._ends[extent])
-        page = self._table[extent] + (addresses >> self._shift).astype(np.int64) - self._page0[extent]
-        page[~good] = 0
-        # Below the first object of a page the difference wraps round to a huge number, which is not below the count.
-        number, rest = np.divmod(addresses - self._first[page], self._stride)
-        good &= (rest == 0) & (number < self._count[page])
-        slots: npt.NDArray[np.int64] = np.where(good, self._base[page] + number.astype(np.int64), -1)
+        slots = np.empty(len(addresses), np.int64)
+        gathering.find(
+            addresses, self._starts, self._ends, self._table, self._page0, self._first, self._base, self._count,
+            int(self._shift), int(self._stride), slots,
+        )  # fmt: skip
         return slots

@@ -70,7 +70,8 @@ class _Driver:
         self._lost: LinkLost | None = None  # how the connection ended, where it was not in order
         self._direct: Direct | None = None  # the connection, where it can be served without a task's turn
         self._waits = False  # the task has said all, and waits for more
-        self._alarm_ns = 0  # when it looks again by itself
+        self._alarm: asyncio.TimerHandle | None = None  # it looks again by itself then
+        self._alarm_ns = 0
         self._fault: Exception | None = None  # of ours, in what came
 
     def halt(self) -> None:
@@ -93,9 +94,10 @@ class _Driver:
                 direct.send_now(frames)
         except LinkLost as error:
             self._lost = error
-        due = self._engine.next_deadline(now)
-        if self._lost is not None or self._engine.closed or (due is not None and due < self._alarm_ns):
+        if self._lost is not None or self._engine.closed:
             self._wake.set()
+        elif (due := self._engine.next_deadline(now)) is not None and due < self._alarm_ns:
+            self._look_again(now, due)
         self._tell()
         return True
 
@@ -146,7 +148,7 @@ class _Driver:
                 self._direct = None
             reading.cancel()
             (found,) = await asyncio.gather(reading, return_exceptions=True)
-            found = found or self._fault
+            found = self._fault or found
             if isinstance(found, Exception):  # a fault of ours: the link ends, the node goes on
                 log.error("reading from %s failed", connection.remote, exc_info=found)
             if self._lost is None:
@@ -171,16 +173,22 @@ class _Driver:
 
     async def _wait(self) -> None:
         now = self._clock()
-        due = self._engine.next_deadline(now)
-        seconds = LONGEST_WAIT_S if due is None else min(max(due - now, 0) / 1e9, LONGEST_WAIT_S)
-        self._alarm_ns = now + int(seconds * 1e9)
+        self._look_again(now, self._engine.next_deadline(now))
         self._waits = True
-        alarm = asyncio.get_running_loop().call_later(seconds, self._wake.set)  # a third of the cost of a timeout
         try:
             await self._wake.wait()
         finally:
             self._waits = False
-            alarm.cancel()
+            if self._alarm is not None:
+                self._alarm.cancel()
+
+    def _look_again(self, now_ns: int, due_ns: int | None) -> None:
+        """Wake the task at that time; ``call_later`` is a third of the cost of a timeout."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        seconds = LONGEST_WAIT_S if due_ns is None else min(max(due_ns - now_ns, 0) / 1e9, LONGEST_WAIT_S)
+        self._alarm_ns = now_ns + int(seconds * 1e9)
+        self._alarm = asyncio.get_running_loop().call_later(seconds, self._wake.set)
 
     def _tell(self) -> None:
         while (event := self._engine.next_event()) is not None:
@@ -467,7 +475,10 @@ class Links:
 
     def poke(self) -> bool:
         """Our table may have changed; False if some peer is only told of it when its link's task has its turn."""
-        return all([link.poke() for link in self._outbound])
+        said = True
+        for link in self._outbound:
+            said &= link.poke()
+        return said
 
     def want(self, keys: FlowKeys) -> int:
         """Ask all peers that send us their sessions for those of n flows; how many were asked."""

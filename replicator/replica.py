@@ -84,18 +84,20 @@ class Replica:
 
     def put(self, records: Records, now_ns: int) -> None:
         """The origin's rows of n slots. Raises ProtocolError when a slot stands there twice."""
-        if not packing.rising(words(records)):
+        new = words(records)
+        if not packing.rising(new):
             _distinct(records["slot"].astype(np.int64))
         changed, fresh = np.empty(len(records), np.int64), np.empty(len(records), np.uint8)
         rows = self._copies
-        n = rows.put(words(records), self._full_sync is not None, changed, fresh)
+        n = rows.put(new, self._full_sync is not None, changed, fresh)
         self.count += rows.more
         count = self.counters
         count["created"] += rows.created
         count["updated"] += rows.updated
         count["unchanged"] += len(records) - rows.stale - n
         count["stale"] += rows.stale
-        self.pending.mark(changed[:n], now_ns, fresh[:n].view(np.bool_))
+        if n:
+            self.pending.mark(changed[:n], now_ns, fresh[:n].view(np.bool_))
 
     def end(self, slots: Slots, generations: Generations, now_ns: int) -> None:
         """Sessions that ended: those generations and all before. Raises ProtocolError when a slot is named twice."""

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from replicator import keys as k
 from replicator.transport import tls as module
 from replicator.transport.address import Address
-from replicator.transport.interface import LinkLost, Loss, PeerUnreachable
+from replicator.transport.interface import Direct, LinkLost, Loss, PeerUnreachable
 from replicator.transport.tcp import BUFFER_BYTES, TcpConnection, TcpDialer, TcpListener
 from replicator.transport.tls import NotTrusted, Refusal, Refused, Tls, TlsDialer, TlsListener, TlsStream, explain
 
@@ -123,6 +123,42 @@ def test_both_know_each_other(lb1: Tls, lb2: Tls) -> None:
         sock = near._writer.get_extra_info("socket")
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 3000
+
+    connected(lb2, lb1, body)
+
+
+def test_what_comes_is_delivered_as_it_comes(lb1: Tls, lb2: Tls) -> None:
+    async def body(near: TcpConnection, far: TcpConnection) -> None:
+        assert isinstance(near, Direct)
+        assert isinstance(far, Direct)
+        data, heard, kept = os.urandom(1_000_003), bytearray(), asyncio.Event()
+
+        def hear(piece: bytes) -> None:
+            heard.extend(piece)
+            if len(heard) >= len(data):
+                kept.set()
+
+        await near.send([b"before"])
+        assert await read_all(far, 6) == b"before"
+        far.deliver(hear)
+        reading = asyncio.create_task(far.receive())
+        for start in range(0, len(data), 100_000):
+            while not near.roomy:
+                await asyncio.sleep(0)
+            near.send_now([data[start : start + 9], data[start + 9 : start + 100_000]])
+        await kept.wait()
+        assert bytes(heard) == data
+        assert (near.bytes_sent, far.bytes_received) == (len(data) + 6, len(data) + 6)
+        assert not reading.done()
+        far.deliver(None)
+        await near.send([b"after"])
+        assert await reading == b"after"
+        far.deliver(hear)
+        await near.close()
+        assert not near.roomy
+        with pytest.raises(LinkLost):
+            near.send_now([b"too late"])
+        assert await far.receive() == b""  # the end is for whoever reads
 
     connected(lb2, lb1, body)
 
