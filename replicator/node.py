@@ -49,7 +49,7 @@ from replicator.watching import Filter, Watchers, watch
 
 # Between two ticks: events come, came lately, came long ago. Shorter pauses than the first make nothing sooner: at
 # 10 000 sessions a second the processor is then busy all the time.
-BUSY_S, CALM_S, IDLE_S = 0.0005, 0.002, 0.005
+BUSY_S, CALM_S, IDLE_S = 0.0003, 0.002, 0.005
 CALM_AFTER_NS, IDLE_AFTER_NS = 50_000_000, 1_000_000_000
 PROOF_PAUSE_NS = 100_000_000
 LAST_WORDS_S = 1.0  # for peers, after the DPVS ended
