@@ -16,11 +16,14 @@ from typing import NamedTuple
 from probes import loader, uprobe
 from probes.agent import abi, loading
 from probes.agent.client import Door
+from probes.anatomy import Anatomy
+from probes.choosing import choose
 from probes.control import ControlSocket
 from probes.errors import DpvsProbeError, NeedRoot
-from probes.layout import Layout, release_name
-from probes.memory import SessionPool, choose_layout
-from probes.proof import LayoutDisproved, prove
+from probes.judging import faults, supported
+from probes.layout import BadLayout, Layout, release_name
+from probes.memory import SessionPool
+from probes.proof import Injection, LayoutDisproved, prove
 from probes.sites import session_sites
 from probes.target import ProcessGone, Target
 
@@ -63,15 +66,22 @@ def examine(
         yield Check("process", True, f"{target.exe}, build id {target.build_id or 'none'}")
         yield _lock(pid, lock_holder)
         try:
-            layout = Layout.load(layout_name) if layout_name else choose_layout(target)
+            layout, source = choose(target, layout_name)
         except DpvsProbeError as error:
             yield _failed("layout", error)
             return
-        yield Check("layout", True, f"{layout.name} (shipped: {', '.join(Layout.shipped())})")
+        yield Check("layout", True, f"{layout.name}, {source} (shipped: {', '.join(Layout.shipped())})")
+        if wrong := faults(layout):
+            yield Check("layout", False, f"it does not agree with itself: {'; '.join(wrong)}", BadLayout.help_text)
+            return
         control = ControlSocket(target.ipc_path, layout)
         answers = _control(control)
         yield answers
-        yield from _memory(target, layout, control if answers.ok else None)
+        anatomy = Anatomy.of(target)
+        layout, left_out = supported(layout, anatomy)
+        yield from _memory(target, layout, control if answers.ok else None, anatomy)
+        if left_out:
+            yield Check("not used", None, f"not proven, nor are sessions that need it: {', '.join(left_out)}")
         if probes:
             yield from _sites(target)
         if inject:
@@ -120,10 +130,10 @@ def _control(control: ControlSocket) -> Check:
         return _failed("control socket", error)
 
 
-def _memory(target: Target, layout: Layout, control: ControlSocket | None) -> Iterator[Check]:
+def _memory(target: Target, layout: Layout, control: ControlSocket | None, anatomy: Anatomy) -> Iterator[Check]:
     try:
         with SessionPool.open(target, layout) as pool:
-            proof = prove(target, layout, pool, control)
+            proof = prove(target, layout, pool, control, anatomy)
             if not pool.shared:
                 yield Check("shared memory", None, "DPVS's memory cannot be mapped, it is copied: slower scans")
     except ProcessGone:
@@ -134,8 +144,21 @@ def _memory(target: Target, layout: Layout, control: ControlSocket | None) -> It
     for check in proof.checks:
         ok = {"ok": True, "failed": False, "not yet": None}[check.status]
         yield Check(check.name, ok, check.detail, LayoutDisproved.help_text if ok is False else "")
+    yield _injection(proof.injection)
     sizes = sorted(p.name.removeprefix("hugepages-") for p in HUGEPAGES.glob("hugepages-*") if _count(p))
     yield Check("hugepages", None if not sizes else True, ", ".join(sizes) or "none reserved: DPVS uses other memory")
+
+
+def _injection(found: Injection) -> Check:
+    if found.wrong:
+        advice = "Attach with --no-inject, or find the layout of this build: dpvs-probe layout generate."
+        return Check("fields to inject", False, f"wrong, or not there: {', '.join(found.wrong)}", advice)
+    late = (*found.missing, *found.missing_fullnat)
+    if late:
+        return Check(
+            "fields to inject", None, f"not proven yet: {', '.join(late)}", "Nothing is put in until they are."
+        )
+    return Check("fields to inject", True, "all proven")
 
 
 def _sites(target: Target) -> Iterator[Check]:

@@ -10,7 +10,7 @@ process (``probes.proof``) before anything relies on it. Pure: reads nothing but
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Self
@@ -98,6 +98,15 @@ class Layout:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = "".join(c if c.isprintable() else "?" for c in str(error)[:100])
             raise BadLayout(f"layout {name} is malformed: {type(error).__name__} {what}") from None
+
+    def changed(self, struct: Struct) -> "Layout":
+        """The same with another struct in place of the one of that name."""
+        return replace(self, structs={**self.structs, struct.name: struct})
+
+    def without(self, struct: str, fields: Iterable[str]) -> "Layout":
+        """The same without some fields of a struct: nothing reads or writes them any more."""
+        old, gone = self.struct(struct), set(fields)
+        return self.changed(replace(old, fields={name: at for name, at in old.fields.items() if name not in gone}))
 
     def struct(self, name: str) -> Struct:
         try:

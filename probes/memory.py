@@ -18,9 +18,19 @@ import numpy as np
 import numpy.typing as npt
 
 from probes.layout import SESSION, BadLayout, Evidence, Layout, release_name, select
-from probes.mapping import ROWS, Addresses, Memory, Prints, Words, open_memory
-from probes.mempool import Mempool, Memzone, PoolMismatch, SlotTable, find_memzones, find_objects, find_pools
-from probes.target import Target
+from probes.mapping import ROWS, Addresses, MapFailed, Memory, Prints, Words, open_memory
+from probes.mempool import (
+    Mempool,
+    Memzone,
+    PoolMismatch,
+    PoolNotFound,
+    SlotTable,
+    find_memzones,
+    find_objects,
+    find_pools,
+)
+from probes.poolcheck import explain
+from probes.target import ReadFailed, Region, Target
 
 Bools = npt.NDArray[np.bool_]
 Slots = npt.NDArray[np.int64]
@@ -48,7 +58,6 @@ _FIELDS: dict[str, tuple[str, str | None, str]] = {
     "timer_handler": ("timer", "handler", "<u8"),
     "timeout_s": ("timeout", None, "<u8"),
     "timeout_us": ("timeout", "usec", "<u8"),
-    "lcore": ("lcore", None, "u1"),
     "dest": ("dest", None, "<u8"),
     **{
         f"{seq}_{part}": (seq, part, "<u4")
@@ -64,16 +73,19 @@ _FIELDS: dict[str, tuple[str, str | None, str]] = {
     "pp_sent": ("pp_sent", None, "u1"),
     "flags": ("flags", None, "<u2"),
     "state": ("state", None, "<u2"),
-    "control": ("control", None, "<u8"),
-    "n_control": ("n_control", None, "<i4"),
 }
 _INNER = {"timer": "dpvs_timer", "fnat_seq": "dp_vs_seq", "syn_proxy_seq": "dp_vs_seq"}
 # Words that change with every packet or say nothing about what the session is: not looked at twice.
 _LOOSE = {
-    "refcnt", "timer_handler", "timeout_s", "timeout_us", "lcore", "rs_end_seq", "rs_end_ack", "control", "n_control",
+    "refcnt", "timer_handler", "timeout_s", "timeout_us", "rs_end_seq", "rs_end_ack",
 }  # fmt: skip
 # What a scan compares: client address (part of it) and all ports, sequence deltas, state and flags.
 _HOT = ("caddr", "cport", "fnat_seq_isn", "fnat_seq_fdata_seq", "flags")
+
+
+def missing_fields(layout: Layout) -> list[str]:
+    """Fields that are read as 0: sessions of this release have none, or where it is, is not proven."""
+    return [name for name, (member, _, _) in _FIELDS.items() if not layout.has(SESSION, member)]
 
 
 def field_offset(layout: Layout, name: str) -> int:
@@ -88,13 +100,17 @@ def field_offset(layout: Layout, name: str) -> int:
 
 
 def session_dtype(layout: Layout) -> "np.dtype[np.void]":
-    """The fields of ``SessionPool.read`` where they are in a ``struct dp_vs_conn`` of this layout, read as a whole."""
+    """The fields of ``SessionPool.read`` where they are in a ``struct dp_vs_conn`` of this layout, read as a whole.
+
+    Those that it does not have are in eight zeros behind it.
+    """
+    missing = missing_fields(layout)
     return np.dtype(
         {
             "names": list(_FIELDS),
             "formats": [dtype for _, _, dtype in _FIELDS.values()],
-            "offsets": [field_offset(layout, name) for name in _FIELDS],
-            "itemsize": layout.size(SESSION),
+            "offsets": [layout.size(SESSION) if n in missing else field_offset(layout, n) for n in _FIELDS],
+            "itemsize": layout.size(SESSION) + 8,
         }
     )
 
@@ -106,6 +122,8 @@ class Gather:
     """
 
     def __init__(self, layout: Layout, names: Sequence[str]) -> None:
+        every, missing = names, set(missing_fields(layout))
+        names = [name for name in every if name not in missing]
         covered = {name: self._words(layout, name) for name in names}
         steady = {word for name in names if name not in _LOOSE for word in covered[name]}
         loose = {word for name in names for word in covered[name]} - steady
@@ -116,12 +134,15 @@ class Gather:
                 raise BadLayout(f"layout {layout.name}: field {name} of {SESSION} does not start on a word")
         self.steady = len(steady)
         self.offsets = np.array(order, np.int64) * 8
+        # What is not there is read as 0, from a word behind those that are fetched.
+        self.extra = 1 if missing.intersection(every) else 0
+        places = {n: order.index(covered[n][0]) * 8 + field_offset(layout, n) % 8 for n in names}
         self.dtype = np.dtype(
             {
-                "names": list(names),
-                "formats": [_FIELDS[name][2] for name in names],
-                "offsets": [order.index(covered[n][0]) * 8 + field_offset(layout, n) % 8 for n in names],
-                "itemsize": 8 * len(order),
+                "names": list(every),
+                "formats": [_FIELDS[name][2] for name in every],
+                "offsets": [places.get(name, 8 * len(order)) for name in every],
+                "itemsize": 8 * (len(order) + self.extra),
             }
         )
 
@@ -146,6 +167,7 @@ class SessionPool:
         self._places = memory.locate(self._table.addresses)
         self.slots = len(self._places)
         self._all = Gather(layout, list(_FIELDS))
+        self._unknown_flags = 0 if layout.has(SESSION, "syn_proxy_seq") else layout.flag("SYNPROXY")
         self._state = Gather(layout, ["flags", "state"])
         self.hot_offsets = np.array([field_offset(layout, n) // 8 * 8 for n in _HOT], np.int64)
         flags = field_offset(layout, "flags")
@@ -158,12 +180,21 @@ class SessionPool:
     def open(cls, target: Target, layout: Layout) -> Self:
         """Find the pools, map their pages, number their objects. Raises PoolNotFound, PoolMismatch or MapFailed."""
         regions = target.maps()
+        try:
+            return cls._open(target, layout, regions)
+        except (PoolMismatch, PoolNotFound, ReadFailed, MapFailed) as error:
+            if (wrong := explain(target, layout, POOL_PREFIX, regions)) is None:
+                raise
+            raise PoolMismatch(f"{wrong}: {error}") from None
+
+    @classmethod
+    def _open(cls, target: Target, layout: Layout, regions: Sequence[Region]) -> Self:
         pools = find_pools(target, layout, POOL_PREFIX, regions)
         for pool in pools:
             if pool.element_bytes != layout.size(SESSION) or pool.stride != pools[0].stride:
                 raise PoolMismatch(
                     f"sessions of {pool.name} are {pool.element_bytes} bytes, layout {layout.name} says "
-                    f"{layout.size(SESSION)}"
+                    f"{layout.size(SESSION)} (sizeof({SESSION}))"
                 )
         memory = open_memory(target, [chunk for pool in pools for chunk in pool.chunks], regions)
         try:
@@ -211,11 +242,17 @@ class SessionPool:
             part = slice(first, first + ROWS)
             self._memory.gather(places[part], self._all.offsets, out=words[part])
             ok[part] = self._memory.still(places[part], self._all.offsets[:steady], words[part])
+        if self._all.extra:
+            words = np.concatenate((words, np.zeros((len(words), 1), np.uint64)), axis=1)
         return words.view(self._all.dtype)[:, 0], ok
 
     def valid(self, conns: Conns) -> Bools:
-        """Which of n read sessions DPVS has in its tables: hashed, of this pool, with DPVS's own timer, referenced."""
+        """Which of n read sessions DPVS has in its tables: hashed, of this pool, with DPVS's own timer, referenced.
+
+        Those behind a SYN proxy are left out where their second sequence numbers cannot be read.
+        """
         good: Bools = (conns["flags"] & self.layout.flag("HASHED")) != 0
+        good &= (conns["flags"] & self._unknown_flags) == 0
         good &= np.isin(conns["connpool"], self._pool_addresses)
         good &= np.isin(conns["af"], (AF_INET, AF_INET6)) & (conns["refcnt"] > 0)
         if self.handler is not None:

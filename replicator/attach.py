@@ -25,14 +25,17 @@ from collector.record import DR, FNAT, NAT, SNAT, TUNNEL
 from collector.table import SessionTable
 from probes.agent import loading
 from probes.agent.client import AgentClient
+from probes.anatomy import Anatomy
+from probes.choosing import choose
 from probes.control import ControlSocket
 from probes.errors import DpvsProbeError, NeedRoot
+from probes.judging import faults, supported
 from probes.layout import Layout, release_name
 from probes.loader import RING_PAGES, Probes
-from probes.memory import SessionPool, choose_layout
+from probes.memory import SessionPool
 from probes.packets import FLOWS, Packets
 from probes.packets import Mode as XdpMode
-from probes.proof import LayoutDisproved, Proof, prove
+from probes.proof import Injection, LayoutDisproved, Proof, prove
 from probes.sites import session_sites
 from probes.target import Target
 from replicator.activity import Activity
@@ -225,12 +228,20 @@ class Attachment:
         # Look, and refuse. Nothing here changes the target.
         target = stack.enter_context(Target.open(options.pid))
         stack.enter_context(options.run_dir.lock(options.pid))
-        layout = Layout.load(options.layout) if options.layout else choose_layout(target)
+        layout, source = choose(target, options.layout)
+        log.info("layout %s, %s", layout.name, source)
+        if wrong := faults(layout):
+            raise LayoutDisproved(f"layout {layout.name} does not agree with itself: {'; '.join(wrong)}")
+        anatomy = Anatomy.of(target)
+        await asyncio.sleep(0)
+        layout, left_out = supported(layout, anatomy)
+        if left_out:
+            log.warning("not proven, so not used, nor sessions that need it: %s", ", ".join(left_out))
         control = ControlSocket(target.ipc_path, layout)
         release = release_name(control.release())
         log.info("found DPVS %s: pid %d, %s", release, target.pid, target.exe)
         pool = stack.enter_context(SessionPool.open(target, layout))
-        proving = Proving(target, layout, pool, control)
+        proving = Proving(target, layout, pool, control, anatomy)
         proving.first()
         sites = session_sites(target.function) if options.probe_budget else ()
 
@@ -279,7 +290,8 @@ class Attachment:
         client: AgentClient | None = None
         injector: Injector | None = None
         modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
-        if options.inject and (listener is not None or options.store is not None):
+        wanted = options.inject and (listener is not None or options.store is not None)
+        if wanted and not proving.refused():
             client = loading.load(target, layout, control)
             stack.callback(_retire, client, target)
             log.info("agent %s is in DPVS, sessions will be put in", client.door.version)
@@ -298,7 +310,7 @@ class Attachment:
             if options.policy is Policy.PROMOTE and options.run_dir.was_promoted():
                 log.info("keepalived said last that this node is MASTER: promoted")
                 promotion.promote(CLOCK())
-            agent = tried_first(client, layout, pool, control, modes)
+            agent = tried_first(client, layout, pool, control, modes, proving.missing)
             injector = Injector(
                 agent, lambda: (*keeper.origins(), *replicas), ownership=ownership, promotion=promotion, workers=workers
             )  # fmt: skip
@@ -396,8 +408,12 @@ def apply_live(parts: Parts, before: Options, after: Options) -> None:
 class Proving:
     """Proves the layout, at once as far as sessions allow, and again when there are some."""
 
-    def __init__(self, target: Target, layout: Layout, pool: SessionPool, control: ControlSocket) -> None:
-        self._prove: Callable[[], Proof] = lambda: prove(target, layout, pool, control)
+    def __init__(
+        self, target: Target, layout: Layout, pool: SessionPool, control: ControlSocket, anatomy: Anatomy
+    ) -> None:
+        self._prove: Callable[[], Proof] = lambda: prove(target, layout, pool, control, anatomy)
+        self._look: Callable[[], Injection] = lambda: prove(target, layout, pool, None, anatomy).injection
+        self._injection = Injection()
         self._layout = layout
         self.done = False
 
@@ -410,8 +426,28 @@ class Proving:
         """Whether it is proven now. Raises LayoutDisproved."""
         return self._once()
 
+    def refused(self) -> bool:
+        """Whether nothing may be put into this DPVS, which is said; capture may go on."""
+        if self._injection.wrong:
+            wrong = ", ".join(self._injection.wrong)
+            log.error(
+                "layout %s is not proven for injection, peers' sessions are not put in: %s", self._layout.name, wrong
+            )
+        return bool(self._injection.wrong)
+
+    def missing(self, *, fullnat: bool) -> tuple[str, ...]:
+        """What is not proven yet, of the fields that putting sessions in takes; looks again if there is any.
+
+        From the injector's thread, too: it reads, and asks DPVS nothing.
+        """
+        found = self._injection
+        if found.missing or (fullnat and found.missing_fullnat):
+            found = self._injection = self._look()
+        return (*found.wrong, *found.missing, *(found.missing_fullnat if fullnat else ()))
+
     def _once(self) -> bool:
         proof = self._prove()
+        self._injection = proof.injection
         for _ in range(PROOF_TRIES - 1):  # sessions move while we look: what is wrong must be wrong each time
             if not proof.failed:
                 break

@@ -33,6 +33,7 @@ PARTS = {
     "doctor": Part("cli_doctor", "Look for each thing that attach needs, and say what to do about what is missing."),
     "drill": Part("cli_drill", "Rehearse a failover with synthetic sessions on nodes that work, and say how it went."),
     "keys": Part("cli_keys", "Make and show the keys by which nodes know each other."),
+    "layout": Part("cli_layout", "Struct layouts of DPVS builds: which there are, and how to make one."),
     "notify": Part(
         "cli_notify", "What keepalived says of this node: MASTER promotes it, BACKUP, FAULT and STOP demote it."
     ),

@@ -29,10 +29,10 @@ from collector.record import (
     state_name,
 )
 from probes import loader
+from probes.choosing import choose
 from probes.doctor import Check, examine
 from probes.errors import DpvsProbeError
-from probes.layout import Layout
-from probes.memory import SessionPool, choose_layout
+from probes.memory import SessionPool
 from probes.packets import Mode as XdpMode
 from probes.packets import foresee
 from probes.target import Target
@@ -157,7 +157,7 @@ def _listen(where: object) -> Check:
 def _sessions(options: Options) -> Iterator[Check]:
     """What is in this DPVS now, and what a peer would do with it."""
     with Target.open(options.pid) as target:
-        layout = Layout.load(options.layout) if options.layout else choose_layout(target)
+        layout, _ = choose(target, options.layout)
         modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
         said: dict[str, int] = {}
         example: dict[str, str] = {}

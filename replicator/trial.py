@@ -39,12 +39,14 @@ from collector.record import (
 from probes.agent import abi
 from probes.agent.client import AgentClient, AgentRefused, code_name
 from probes.control import ControlSocket
-from probes.layout import Layout
+from probes.layout import SESSION, Layout
 from probes.memory import SessionPool, session_dtype
 from probes.target import Target
 
 ANSWER_S = 15.0  # more than the agent's own watchdog gives a worker
 PAUSE_S = 0.001
+LOOK_S = 2.0  # between two looks at what is not proven yet
+FULLNAT = 5
 TUPLE = ("caddr", "vaddr", "laddr", "daddr", "cport", "vport", "lport", "dport")
 FIELDS = (
     "af", "af_out", "proto", *TUPLE, "wscale_vs", "wscale_rs", "pp_version", "pp_sent",
@@ -87,11 +89,27 @@ class Witness(Protocol):
     def remains(self, address: int, record: Records) -> list[str]: ...
 
 
+class Missing(Protocol):
+    """Names of the fields that are not proven yet, of those that putting sessions in takes."""
+
+    def __call__(self, *, fullnat: bool) -> tuple[str, ...]: ...
+
+
 class Trial:
     """An agent, as the injector wants one, that begins with a trial session. Used from one thread."""
 
-    def __init__(self, client: Client, witness: Witness, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        client: Client,
+        witness: Witness,
+        clock: Callable[[], float] = time.monotonic,
+        missing: "Missing | None" = None,
+    ) -> None:
         self._client = client
+        self._missing = missing
+        self._proven = set[bool]() if missing else {False, True}  # for sessions with and without a local address
+        self._look_at = 0.0
+        self._kept: dict[int, Codes] = {}  # answers of ours, by request
         self._witness = witness
         self._clock = clock
         self.passed = False
@@ -102,6 +120,8 @@ class Trial:
 
     def submit(self, ops: Codes, records: Records) -> int:
         """As ``AgentClient.submit``; raises TrialFailed as well. The first that changes something takes a little."""
+        if (ops == abi.RecordOp.UPSERT).any() and not self._may(records):
+            return self._not_yet(ops)
         if not self.passed and np.isin(ops, CHANGES).any():
             request = self._client.submit(ops, records, trial=True)
             codes = self._answer(request)
@@ -116,7 +136,34 @@ class Trial:
         return self._client.submit(ops, records)
 
     def results(self, request_id: int) -> Codes | None:
+        if request_id in self._kept:
+            return self._kept.pop(request_id)
         return self._client.results(request_id)
+
+    def _may(self, records: Records) -> bool:
+        """Whether all fields that putting these in takes are proven; looked at now and then until they are."""
+        fullnat = bool((records["fwdmode"] == FULLNAT).any())
+        if fullnat in self._proven or self._missing is None:
+            return True
+        if self._clock() < self._look_at:
+            return False
+        missing = self._missing(fullnat=fullnat)
+        if not missing:
+            self._proven |= {fullnat, False}
+            return True
+        if not self._look_at:
+            log.warning("nothing is put in yet, not proven: %s", ", ".join(missing))
+        self._look_at = self._clock() + LOOK_S
+        return False
+
+    def _not_yet(self, ops: Codes) -> int:
+        """An answer of our own: what would be made is tried again later, all else is not there."""
+        request = -1 - len(self._kept)
+        while request in self._kept:
+            request -= 1
+        puts = ops == abi.RecordOp.UPSERT
+        self._kept[request] = np.where(puts, int(abi.Code.NO_SERVICE), int(abi.Code.ABSENT)).astype(np.uint8)
+        return request
 
     def _judge(self, address: int, record: Records, code: abi.Code) -> None:
         look = self._witness.restless if code == abi.Code.YIELDED else self._witness.differences
@@ -155,7 +202,7 @@ class Inspector:
     ) -> None:
         self._target, self._pool, self._control = target, pool, control
         self._modes = modes
-        self._dtype = session_dtype(layout)
+        self._dtype, self._size = session_dtype(layout), layout.size(SESSION)
 
     def differences(self, address: int, record: Records) -> list[str]:
         """What memory and DPVS say of the session at ``address`` that ``record``, (1,) RECORD, does not."""
@@ -193,7 +240,8 @@ class Inspector:
         return left
 
     def _read(self, address: int) -> Records:
-        return np.frombuffer(self._target.read(address, self._dtype.itemsize), self._dtype)
+        raw = self._target.read(address, self._size)
+        return np.frombuffer(raw.ljust(self._dtype.itemsize, b"\0"), self._dtype)
 
     def _in_memory(self, address: int, record: Records) -> list[str]:
         seen = from_conns(self._read(address), np.zeros(1, np.int64), self._modes)
@@ -248,11 +296,16 @@ class Inspector:
         return None if row is None else row  # type: ignore[return-value]
 
 
-def tried_first(
-    client: AgentClient, layout: Layout, pool: SessionPool, control: ControlSocket, modes: Mapping[int, int]
+def tried_first(  # noqa: PLR0917 - what the inspector takes, and one more
+    client: AgentClient,
+    layout: Layout,
+    pool: SessionPool,
+    control: ControlSocket,
+    modes: Mapping[int, int],
+    missing: Missing | None = None,
 ) -> Trial:
     """The agent of a process behind its trial."""
-    return Trial(client, Inspector(client.target, layout, pool, control, modes))
+    return Trial(client, Inspector(client.target, layout, pool, control, modes), missing=missing)
 
 
 def _same(name: str, seen: Records, record: Records) -> bool:

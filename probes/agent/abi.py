@@ -84,6 +84,9 @@ class Code(IntEnum):
     RETIRED = 36
 
 
+# Fields of a session that the agent can do without: it refuses what would need one that it is not given.
+OPTIONAL = ("syn_proxy_seq", "wscale_vs", "wscale_rs", "pp_version", "pp_sent")
+
 RETRYABLE = 16  # codes from here to PERMANENT - 1
 PERMANENT = 32
 

@@ -319,6 +319,14 @@ static void *arrive(void *arg)
 	return NULL;
 }
 
+/* Fields that a session can do without, if it does not need them (session.c: check_record). */
+static bool is_optional(unsigned offset)
+{
+	return offset == OFF_dp_vs_conn_syn_proxy_seq || offset == OFF_dp_vs_conn_wscale_vs ||
+	       offset == OFF_dp_vs_conn_wscale_rs || offset == OFF_dp_vs_conn_pp_version ||
+	       offset == OFF_dp_vs_conn_pp_sent;
+}
+
 __attribute__((constructor)) static void load(void)
 {
 	pthread_t thread;
@@ -331,7 +339,7 @@ __attribute__((constructor)) static void load(void)
 	}
 	door.token = config.token;
 	for (i = 0; i < N_OFFSETS; i++)
-		if (config.offsets[i] == 0xffff) {
+		if (config.offsets[i] == 0xffff && !is_optional(i)) {
 			set_state(AGENT_FAILED, "offset %u is missing in the layout", i);
 			return;
 		}

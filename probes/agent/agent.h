@@ -47,6 +47,7 @@ enum { AGENT_FIELDS(AS_FIELD, AS_SIZE) N_OFFSETS };
 _Static_assert(N_OFFSETS <= AGENT_OFFSETS, "room for all offsets");
 
 #define AT(base, s, f) ((void *)((char *)(base) + config.offsets[OFF_##s##_##f]))
+#define HAS(s, f) (config.offsets[OFF_##s##_##f] != 0xffff)
 #define SIZE_OF(s) (config.offsets[SIZEOF_##s])
 
 static inline uint8_t get8(const void *p) { return *(const volatile uint8_t *)p; }

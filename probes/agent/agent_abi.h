@@ -126,8 +126,6 @@
 	FIELD(dpvs_sockopts, get_opt_min) \
 	FIELD(dpvs_sockopts, get_opt_max) \
 	FIELD(dpvs_sockopts, get) \
-	SIZE(dpvs_msg) \
-	FIELD(dpvs_msg, len) \
 	FIELD(dpvs_msg, data) \
 	SIZE(dpvs_msg_type) \
 	FIELD(dpvs_msg_type, type) \

@@ -65,7 +65,10 @@ def _of_layout(layout: Layout) -> Any:
     config["sockopt_get_conn_max"] = layout.sockopt_id("SOCKOPT_GET_CONN_SPECIFIED")
     config["offsets"] = 0xFFFF
     for i, (struct, field) in enumerate(abi.fields()):
-        config["offsets"][i] = layout.size(struct) if field is None else layout.offset(struct, field)
+        if field is None:
+            config["offsets"][i] = layout.size(struct)
+        elif field not in abi.OPTIONAL or layout.has(struct, field):
+            config["offsets"][i] = layout.offset(struct, field)
     config["digest"] = int.from_bytes(blake2b(config.tobytes(), digest_size=8).digest(), "little")
     return config
 

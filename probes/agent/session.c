@@ -48,6 +48,8 @@ static bool counts_as_active(uint8_t proto, uint16_t state)
 
 uint8_t check_record(const struct agent_record *r)
 {
+	static const uint8_t nothing[sizeof(r->sp)];
+
 	if (!is_kind(r) || (r->proto != IPPROTO_TCP && r->proto != IPPROTO_UDP && r->proto != IPPROTO_SCTP))
 		return CODE_UNSUPPORTED;
 	if (r->flags & F_ONE_PACKET)
@@ -62,6 +64,10 @@ uint8_t check_record(const struct agent_record *r)
 		return CODE_BAD_RECORD; /* no local address: DPVS writes the client's there, or what fits of it */
 	if (!r->timeout_ms || r->timeout_ms / 1000 > AGENT_MAX_TIMEOUT_S || r->wscale_vs > 14 || r->wscale_rs > 14)
 		return CODE_BAD_RECORD;
+	if ((!HAS(dp_vs_conn, syn_proxy_seq) && (r->flags & F_SYNPROXY || memcmp(&r->sp, nothing, sizeof(r->sp)))) ||
+	    (!HAS(dp_vs_conn, wscale_vs) && r->wscale_vs) || (!HAS(dp_vs_conn, wscale_rs) && r->wscale_rs) ||
+	    (!HAS(dp_vs_conn, pp_version) && r->pp_version) || (!HAS(dp_vs_conn, pp_sent) && r->pp_sent))
+		return CODE_UNSUPPORTED; /* it needs a field that is not there, or whose place is not proven */
 	return 0;
 }
 
@@ -125,13 +131,18 @@ static void fill(void *conn, const struct agent_record *r)
 	uint16_t flags = get16(AT(conn, dp_vs_conn, flags));
 
 	memcpy(AT(conn, dp_vs_conn, fnat_seq), &r->fnat, sizeof(r->fnat));
-	memcpy(AT(conn, dp_vs_conn, syn_proxy_seq), &r->sp, sizeof(r->sp));
+	if (HAS(dp_vs_conn, syn_proxy_seq))
+		memcpy(AT(conn, dp_vs_conn, syn_proxy_seq), &r->sp, sizeof(r->sp));
 	put32(AT(conn, dp_vs_conn, rs_end_seq), r->rs_end_seq);
 	put32(AT(conn, dp_vs_conn, rs_end_ack), r->rs_end_ack);
-	put8(AT(conn, dp_vs_conn, wscale_vs), r->wscale_vs);
-	put8(AT(conn, dp_vs_conn, wscale_rs), r->wscale_rs);
-	put8(AT(conn, dp_vs_conn, pp_version), r->pp_version);
-	put8(AT(conn, dp_vs_conn, pp_sent), r->pp_sent);
+	if (HAS(dp_vs_conn, wscale_vs))
+		put8(AT(conn, dp_vs_conn, wscale_vs), r->wscale_vs);
+	if (HAS(dp_vs_conn, wscale_rs))
+		put8(AT(conn, dp_vs_conn, wscale_rs), r->wscale_rs);
+	if (HAS(dp_vs_conn, pp_version))
+		put8(AT(conn, dp_vs_conn, pp_version), r->pp_version);
+	if (HAS(dp_vs_conn, pp_sent))
+		put8(AT(conn, dp_vs_conn, pp_sent), r->pp_sent);
 	put16(AT(conn, dp_vs_conn, state), waiting_state(r->proto));
 	put16(AT(conn, dp_vs_conn, old_state), waiting_state(r->proto));
 	/* after dp_vs_conn_new: with SYNPROXY among its arguments it would parse a packet that is not there */

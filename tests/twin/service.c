@@ -104,6 +104,7 @@ int service_add(int af, int proto, const union inet_addr *vip, uint16_t port, co
     rte_atomic32_set(&svc->refcnt, 1);
     INIT_LIST_HEAD(&svc->dests);
     INIT_LIST_HEAD(&svc->laddr_list);
+    svc->laddr_curr = &svc->laddr_list;
     svc->scheduler = dp_vs_scheduler_get(sched);
     if (!svc->scheduler || (svc->scheduler->init_service && svc->scheduler->init_service(svc) != EDPVS_OK)) {
         rte_free(svc);

@@ -180,8 +180,11 @@ static int tcp_fnat_in(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn
         blank_timestamps(th);
         init_sequence(conn, th);
     }
-    if (ntohl(th->ack_seq) == conn->fnat_seq.fdata_seq && !th->syn && !th->rst)
+    if (ntohl(th->ack_seq) == conn->fnat_seq.fdata_seq && !th->syn && !th->rst) {
+        if (conn->pp_version && !conn->pp_sent)
+            return EDPVS_INVPKT; /* the real server waits for a header of the proxy protocol, which is not to be had */
         add_toa(conn, mbuf, th);
+    }
     th->seq = moved(th->seq, conn->fnat_seq.delta);
     if (conn->syn_proxy_seq.delta) {
         th->ack_seq = moved(th->ack_seq, -conn->syn_proxy_seq.delta);

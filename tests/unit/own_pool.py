@@ -32,6 +32,7 @@ class OwnImage:
     is_pie = False
     build_id = "00"
     entry = 0
+    segments: tuple[()] = ()
 
     def __init__(self, symbols: Mapping[str, int]) -> None:
         self.symbols = dict(symbols)

@@ -113,8 +113,8 @@ def test_version_and_help(run: Runner) -> None:
         assert ran.status == 0
         assert f"dpvs-probe {name}" in ran.out
     assert sorted(COMMANDS) == [
-        "agent", "attach", "config", "decode", "demote", "detach", "diff", "doctor", "drill", "keys", "notify",
-        "orphans", "peers", "promote", "ready", "sessions", "snapshot", "status", "sysdump", "top", "watch",
+        "agent", "attach", "config", "decode", "demote", "detach", "diff", "doctor", "drill", "keys", "layout",
+        "notify", "orphans", "peers", "promote", "ready", "sessions", "snapshot", "status", "sysdump", "top", "watch",
     ]  # fmt: skip
 
 

@@ -200,7 +200,7 @@ class TestReading:
                 "flags": 0x1305, "timeout_s": 90, "timeout_us": 250000, "connpool": own.address, "refcnt": 1,
                 "timer_handler": EXPIRE, "packet_xmit": XMIT_FNAT, "fnat_seq_delta": 1007, "rs_end_seq": 9,
                 "dest": 0x1234,
-                "wscale_vs": 7, "wscale_rs": 8, "pp_version": 2, "pp_sent": 1, "lcore": 3, "control": 0, "n_control": 0,
+                "wscale_vs": 7, "wscale_rs": 8, "pp_version": 2, "pp_sent": 1,
             }  # fmt: skip
             assert {name: int(conn[name]) for name in expected} == expected
             record = from_conns(conns, slots(7), {XMIT_FNAT: FNAT})[0]

@@ -8,12 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from probes.anatomy import Anatomy
 from probes.control import ControlTimeout
+from probes.layout import SESSION
 from probes.memory import SessionPool
 from probes.proof import SAMPLES, LayoutDisproved, Proof, prove, require, spread
 from probes.target import Target
 from tests.unit.own_pool import LAYOUT, OwnPool, OwnZones, own_target, slots
 
+# A DPVS whose code is seen to touch every field where it is, as wide as it is.
+ANATOMY = Anatomy(
+    {
+        **{(name,): frozenset(struct.fields.values()) for name, struct in LAYOUT.structs.items()},
+        (SESSION,): frozenset(LAYOUT.structs[SESSION].fields.values())
+        | {(LAYOUT.offset(SESSION, "fnat_seq") + at, 4) for at in (0, 4, 8)},
+    }
+)
 STATES = [b"TCP_NONE", b"TCP_EST", b"SYN_SENT", b"SYN_RECV", b"FIN_WAIT", b"TIME_WAIT"]
 
 
@@ -71,7 +81,7 @@ def status(proof: Proof) -> dict[str, str]:
 
 def test_all_proven(target: Target, pool: SessionPool) -> None:
     says = Says(pool)
-    proof = prove(target, LAYOUT, pool, says)  # type: ignore[arg-type]
+    proof = prove(target, LAYOUT, pool, says, ANATOMY)  # type: ignore[arg-type]
     assert set(status(proof).values()) == {"ok"}, proof.checks
     assert proof.fields_ok
     assert proof.capture_ok
@@ -83,7 +93,7 @@ def test_nothing_to_prove_it_on(tmp_path: Path, target: Target) -> None:
     own = OwnPool(tmp_path)
     own.zones = OwnZones(tmp_path, [own])  # type: ignore[attr-defined]
     with SessionPool.open(target, LAYOUT) as pool:
-        proof = prove(target, LAYOUT, pool, Says(pool))  # type: ignore[arg-type]
+        proof = prove(target, LAYOUT, pool, Says(pool), ANATOMY)  # type: ignore[arg-type]
     assert status(proof)["session pool"] == status(proof)["release"] == "ok"
     assert status(proof)["sessions against DPVS"] == status(proof)["timer handler"] == "not yet"
     assert proof.capture_ok
@@ -92,7 +102,7 @@ def test_nothing_to_prove_it_on(tmp_path: Path, target: Target) -> None:
 
 
 def test_without_the_control_socket(target: Target, pool: SessionPool) -> None:
-    proof = prove(target, LAYOUT, pool, None)
+    proof = prove(target, LAYOUT, pool, None, ANATOMY)
     assert status(proof)["sessions against DPVS"] == status(proof)["release"] == "not yet"
     assert status(proof)["hash entries"] == "ok"
     assert not proof.fields_ok
@@ -106,7 +116,7 @@ def test_a_control_socket_that_does_not_answer(target: Target, pool: SessionPool
         def session(self, *_: object) -> None:
             raise ControlTimeout("no answer")
 
-    proof = prove(target, LAYOUT, pool, Mute())  # type: ignore[arg-type]
+    proof = prove(target, LAYOUT, pool, Mute(), ANATOMY)  # type: ignore[arg-type]
     assert status(proof)["sessions against DPVS"] == "not yet"
     assert proof.capture_ok
 
@@ -126,7 +136,7 @@ def test_what_is_wrong_in_memory(
     target: Target, own: OwnPool, pool: SessionPool, wrong: dict[str, int | bytes], check: str
 ) -> None:
     own.set(4, **wrong)
-    proof = prove(target, LAYOUT, pool, None)
+    proof = prove(target, LAYOUT, pool, None, ANATOMY)
     assert [c.name for c in proof.failed] == [check]
     assert proof.capture_ok is (check == "forwarding mode")
     if not proof.capture_ok:
@@ -144,7 +154,7 @@ def test_what_is_wrong_in_memory(
 )  # fmt: skip
 def test_each_field_is_compared(target: Target, pool: SessionPool, other: dict[str, Any]) -> None:
     says = Says(pool, **other)
-    proof = prove(target, LAYOUT, pool, says)  # type: ignore[arg-type]
+    proof = prove(target, LAYOUT, pool, says, ANATOMY)  # type: ignore[arg-type]
     assert [c.name for c in proof.failed] == ["sessions against DPVS"]
     assert says.asked == 2 * SAMPLES  # each was asked for again
     assert not proof.fields_ok
@@ -153,7 +163,7 @@ def test_each_field_is_compared(target: Target, pool: SessionPool, other: dict[s
 def test_a_session_that_moves_is_asked_again(target: Target, pool: SessionPool) -> None:
     says = Says(pool)
     says.moves = 1
-    proof = prove(target, LAYOUT, pool, says)  # type: ignore[arg-type]
+    proof = prove(target, LAYOUT, pool, says, ANATOMY)  # type: ignore[arg-type]
     assert proof.fields_ok
     assert says.asked == SAMPLES + 1
 
@@ -161,7 +171,7 @@ def test_a_session_that_moves_is_asked_again(target: Target, pool: SessionPool) 
 def test_sessions_that_dpvs_does_not_know(target: Target, pool: SessionPool) -> None:
     says = Says(pool)
     says.missing = True
-    proof = prove(target, LAYOUT, pool, says)  # type: ignore[arg-type]
+    proof = prove(target, LAYOUT, pool, says, ANATOMY)  # type: ignore[arg-type]
     assert [c.name for c in proof.failed] == ["sessions against DPVS"]
 
 
@@ -171,14 +181,14 @@ def test_sessions_that_end_meanwhile(target: Target, own: OwnPool, pool: Session
             for slot in range(100):
                 own.set(slot, flags=0)
 
-    proof = prove(target, LAYOUT, pool, Ends(pool))  # type: ignore[arg-type]
+    proof = prove(target, LAYOUT, pool, Ends(pool), ANATOMY)  # type: ignore[arg-type]
     assert status(proof)["sessions against DPVS"] == "not yet"
 
 
 def test_another_release(tmp_path: Path, own: OwnPool) -> None:
     own.head.write(own.address + 4000, 0x00010908, 4)
     with own_target(tmp_path, g_version=own.address + 4000) as target, SessionPool.open(target, LAYOUT) as pool:
-        proof = prove(target, LAYOUT, pool, None)
+        proof = prove(target, LAYOUT, pool, None, ANATOMY)
         assert [c.name for c in proof.failed] == ["release"]
         with pytest.raises(LayoutDisproved, match=r"1\.9\.8"):
             require(proof)
