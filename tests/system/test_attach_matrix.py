@@ -83,7 +83,7 @@ class Started:
                     (said,) = ask(admin, "status")
                 except AdminError:
                     return False
-                return len(ask(admin, "sessions")) == SESSIONS
+                return len(_asked(admin)) == SESSIONS
 
             wait_for("all sessions in the table", all_there, 25)
             log = (self.directory / "probe.log").read_text()
@@ -167,8 +167,8 @@ def test_other_namespaces(start: Any) -> None:
 def test_two_on_a_host(start: Any) -> None:
     one, other = (start(*HUGE, "--file-prefix={name}") for _ in range(2))
     with one.attached() as first, other.attached() as second:
-        for admin in (first, second):
-            wait_for("its sessions", lambda a=admin: len(_asked(a)) == SESSIONS, 25)
+        wait_for("the sessions of one", lambda: len(_asked(first)) == SESSIONS, 25)
+        wait_for("the sessions of the other", lambda: len(_asked(second)) == SESSIONS, 25)
 
 
 def _asked(admin: Path) -> list[dict[str, Any]]:
