@@ -25,6 +25,8 @@ from probes.target import Target
 DEST, SERVICE, LADDR, PARAM = "dp_vs_dest", "dp_vs_service", "dp_vs_laddr", "dp_vs_conn_param"
 IFADDR, PORTS, BUCKET, ENTRY = "inet_ifaddr", "sa_pool", "sa_entry_pool", "sa_entry"
 MESSAGE, MESSAGE_TYPE, HANDLERS = "dpvs_msg", "dpvs_msg_type", "dpvs_sockopts"
+TIMER = "dpvs_timer"
+HANDLER = "handler"  # of a timer: an argument of the functions that start one
 # Functions by name -> which arguments are which struct (include/ipvs/conn.h, xmit.h, laddr.h, synproxy.h, dest.h,
 # include/sa_pool.h, inetaddr.h, ctrl.h).
 FUNCTIONS: Mapping[str, Mapping[int, str]] = {
@@ -57,6 +59,13 @@ FUNCTIONS: Mapping[str, Mapping[int, str]] = {
     "sockopt_register": {0: HANDLERS},
     "sockopt_unregister": {0: HANDLERS},
 }  # fmt: skip
+# Functions that start a timer: the timer, how long, what is called then (include/timer.h).
+STARTS = ("dpvs_timer_sched", "dpvs_timer_sched_nolock", "dpvs_timer_sched_period")
+# Functions whose first argument is a timer.
+TIMED = (
+    *STARTS, "dpvs_timer_update", "dpvs_timer_update_nolock", "dpvs_timer_cancel", "dpvs_timer_cancel_nolock",
+    "dpvs_timer_reset", "dpvs_timer_reset_nolock",
+)  # fmt: skip
 # Functions by name -> the struct that they return; what is allocated, by whom it is allocated for.
 RETURNS = {"inet_addr_ifa_get": IFADDR, "inet_addr_ifa_get_expired": IFADDR}
 ALLOCATES = {"sa_pool_create": {"rte_zmalloc": PORTS}}
@@ -102,10 +111,14 @@ class Anatomy:
     @classmethod
     def read(cls, target: Target) -> "Anatomy":
         """Read the program of a process. A function that it lacks is passed over."""
-        reader = Reader(lambda address: _code(target, address), _addresses(target, RETURNS))
+        timed = _addresses(target, dict.fromkeys(TIMED, TIMER))
+        reader = Reader(lambda address: _code(target, address), _addresses(target, RETURNS), timed)
         for name, arguments in FUNCTIONS.items():
             if (address := target.find(name)) is not None:
                 reader.follow(address, arguments)
+        for name in STARTS:
+            if (address := target.find(name)) is not None:
+                reader.follow(address, {0: TIMER, 2: HANDLER})
         for name, returns in ALLOCATES.items():
             if (address := target.find(name)) is not None:
                 other = Reader(reader.code, _addresses(target, returns))
@@ -154,6 +167,14 @@ class Anatomy:
         """Whether the code is seen to touch this field, as wide as the layout says, where the layout says."""
         offset, size = layout.field(struct, member)
         return _touches(self.places(layout, struct), offset, size)
+
+    def shows_timer(self, layout: Layout) -> bool:
+        """Whether what the layout takes for a session's timer is given to DPVS's functions for timers."""
+        return (layout.offset(SESSION, "timer"), 0) in self.touched.get((SESSION, TIMER), frozenset())
+
+    def shows_handler(self, layout: Layout) -> bool:
+        """Whether what a timer calls is kept where the layout has it."""
+        return layout.field(TIMER, "handler") in self.touched.get((TIMER, f"={HANDLER}"), frozenset())
 
     def shows_by_node(self, layout: Layout, node: str, members: Sequence[str]) -> bool:
         """The same for fields of a local address that the code reaches by its node on the list of its service."""

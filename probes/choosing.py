@@ -7,19 +7,23 @@ proven on the process before anything relies on it. A layout that a user names c
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from probes import dwarf, making
 from probes.errors import DpvsProbeError
 from probes.layout import BadLayout, Layout, parse_text, release_name
 from probes.memory import choose_layout
-from probes.target import Target
+from probes.target import Image, Target
 
 VARIABLE = "DPVS_PROBE_LAYOUTS"
 DIRECTORY = Path("/etc/dpvs-probe/layouts")
 DEBUG = "usr/lib/debug/.build-id"
 MAX_BYTES = 1 << 20
+
+
+class NoLayout(DpvsProbeError):
+    pass
 
 
 class NotAdded(DpvsProbeError):
@@ -34,17 +38,48 @@ def directory() -> Path:
 def choose(target: Target, named: str | None = None) -> tuple[Layout, str]:
     """The layout to try on a process, and where it comes from. Raises UnknownLayout, BadLayout and the like."""
     if named is not None:
-        if "/" in named:
-            return from_file(Path(named)), named
-        return Layout.load(named), "named"
+        return by_name(named), "named"
     for path in debug_files(target):
         if dwarf.has(path):
-            return _of_debug(target, path), f"debug information of {path}"
-    added = directory() / f"{target.build_id}.json"
-    if target.build_id and added.is_file():
-        return from_file(added), f"added for build id {target.build_id}"
-    layout = choose_layout(target)
-    return layout, "shipped"
+            version = target.global_u32("g_version")
+            release = release_name(version) if version else "unknown"
+            return _of_debug(path, target.build_id or str(target.pid), release), f"debug information of {path}"
+    if (mine := _added_for(target.build_id)) is not None:
+        return mine, f"added for build id {target.build_id}"
+    return choose_layout(target), "shipped"
+
+
+def of_program(program: Path) -> Layout:
+    """The layout of a DPVS that does not run: of its own debug information, or added for its build id. Which release a
+    program is, it says only when it runs. Raises NoLayout."""
+    if not program.is_file():
+        raise NoLayout(f"there is no program {program}")
+    build_id = Image(str(program)).build_id
+    for path in (program, *_debug_files(build_id, [Path("/")])):
+        if dwarf.has(path):
+            return _of_debug(path, build_id or program.name, "unknown")
+    if (mine := _added_for(build_id)) is not None:
+        return mine
+    raise NoLayout(
+        f"{program} has no debug information, and no layout was added for its build id {build_id or '(none)'}",
+        help_text=f"Give --layout. {releases()}",
+    )
+
+
+def releases() -> str:
+    """The shipped layouts, and what they are for."""
+    shipped = (f"{name} is for DPVS {', '.join(Layout.load(name).releases)}" for name in Layout.shipped())
+    return f"{'; '.join(shipped)}; or ./FILE."
+
+
+def _added_for(build_id: str) -> Layout | None:
+    path = directory() / f"{build_id}.json"
+    return from_file(path) if build_id and path.is_file() else None
+
+
+def by_name(name: str) -> Layout:
+    """A shipped layout by its name, or a user's by its path, which has a slash. Raises UnknownLayout, BadLayout."""
+    return from_file(Path(name)) if "/" in name else Layout.load(name)
 
 
 def from_file(path: Path) -> Layout:
@@ -61,10 +96,13 @@ def from_file(path: Path) -> Layout:
 def debug_files(target: Target) -> Iterator[Path]:
     """The binary itself, and the debug files of its build id, as DPVS sees the disk and as we do."""
     yield Path(target.exe_path)
-    if len(target.build_id) > 2:
-        name = f"{target.build_id[:2]}/{target.build_id[2:]}.debug"
-        for root in (Path(f"/proc/{target.pid}/root"), Path("/")):
-            path = root / DEBUG / name
+    yield from _debug_files(target.build_id, [Path(f"/proc/{target.pid}/root"), Path("/")])
+
+
+def _debug_files(build_id: str, roots: Iterable[Path]) -> Iterator[Path]:
+    if len(build_id) > 2:
+        for root in roots:
+            path = root / DEBUG / build_id[:2] / f"{build_id[2:]}.debug"
             if path.is_file():
                 yield path
 
@@ -90,12 +128,10 @@ def added() -> list[Path]:
     return sorted(directory().glob("*.json"))
 
 
-def _of_debug(target: Target, path: Path) -> Layout:
+def _of_debug(path: Path, name: str, release: str) -> Layout:
     """Structs from debug information. What its enumerations do not say is of the shipped layout of its release."""
-    version = target.global_u32("g_version")
-    release = release_name(version) if version else "unknown"
     content = making.of_debug_build(path, [release])
-    made = Layout.parse(f"debug-{target.build_id[:12] or target.pid}", content)
+    made = Layout.parse(f"debug-{name[:12]}", content)
     wanted = Layout.load(making.MODEL)
     missing = set(wanted.sockopt_ids) - set(made.sockopt_ids) | set(wanted.flags) - set(made.flags)
     if missing:

@@ -27,6 +27,7 @@ from probes.anatomy import (
     PARAM,
     PORTS,
     SERVICE,
+    TIMER,
     Anatomy,
 )  # fmt: skip
 from probes.errors import DpvsProbeError
@@ -62,7 +63,7 @@ CAPTURED: tuple[Name, ...] = (
             "state",
         )
     ),
-    ("dpvs_timer", "handler"),
+    (TIMER, "handler"),
     *(("dp_vs_seq", member) for member in ("isn", "delta", "fdata_seq")),
     *(("conn_tuple_hash", member) for member in ("direct", "af", "proto", "saddr", "daddr", "sport", "dport", None)),
 )  # fmt: skip
@@ -131,6 +132,10 @@ def judge_code(ledger: Ledger, layout: Layout, anatomy: Anatomy) -> None:
             continue
         elif anatomy.shows(layout, struct, member):
             ledger.prove([(struct, member)], how)
+    if anatomy.shows_timer(layout):
+        ledger.prove([(SESSION, "timer")], how)
+    if anatomy.shows_handler(layout):
+        ledger.prove([(TIMER, "handler")], how)
     if anatomy.shows_by_node(layout, "list", ("addr", "iface")):
         ledger.prove([(LADDR, "list"), (LADDR, "addr"), (LADDR, "iface")], how)
     places = anatomy.places(layout, SESSION)

@@ -4,9 +4,10 @@
 Rules: pure, bytes in, sets of numbers out. A function is followed from its entry along every branch, and into the
 functions that it calls, with what its argument registers hold: a pointer named by a *path*. ``("dp_vs_conn",)`` is a
 pointer that the caller gave this name; what is loaded from byte 336 there has the path ``("dp_vs_conn", 336)``. Every
-access through such a pointer is noted as (path, offset, bytes). What is not understood is forgotten, never guessed: a
-register that anything else writes to, everything that a call may clobber. So an access that is noted is one that the
-code can make; one that is not noted proves nothing by itself.
+access through such a pointer is noted as (path, offset, bytes). Two more things are, with a path that is one longer:
+that a pointer is the first argument of a function that has a name (``takes``), and that an argument itself is stored.
+What is not understood is forgotten, never guessed: a register that anything else writes to, everything that a call may
+clobber. So an access that is noted is one that the code can make; one that is not noted proves nothing by itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,11 +49,14 @@ _STACKED = frozenset({x86.X86_INS_PUSH, x86.X86_INS_POP, x86.X86_INS_CALL})
 class Reader:
     """``code(address)``: some bytes of the program from a link-time address on, empty where there is no code.
 
-    ``returns``: functions whose result has a name, by address.
+    ``returns``: functions whose result has a name, by address. ``takes``: what the first argument of a function is,
+    by address: that ``("dp_vs_conn",)`` plus 264 is given to one is noted as (("dp_vs_conn", name), 264, 0). That the
+    argument ``name`` is stored is noted as ((path, "=name"), offset, 8).
     """
 
     code: Callable[[int], bytes]
     returns: Mapping[int, str] = field(default_factory=dict)
+    takes: Mapping[int, str] = field(default_factory=dict)
     found: set[Access] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -122,11 +126,14 @@ class Reader:
             if operands[0].type != x86.X86_OP_IMM:
                 return []
             target = int(operands[0].imm)
+            if ins.id == x86.X86_INS_JMP:  # a call as the last thing that a function does
+                self._named(target, state[0])
             return [target] if ins.id == x86.X86_INS_JMP else [after, target]
         if ins.group(capstone.CS_GRP_CALL):
             held = {r: v for r in _ARGUMENTS if (v := state[0].get(r)) is not None and v[0] != STACK}
             self.found.update((path, offset, 0) for path, offset in held.values())
             target = int(operands[0].imm) if operands[0].type == x86.X86_OP_IMM else 0
+            self._named(target, held)
             result = self._function(target, held, depth + 1) if held and target else None
             for register in _CLOBBERED:
                 state[0].pop(register, None)
@@ -155,6 +162,10 @@ class Reader:
             place = self._place(operands[0], state)
             if place is not None and place[0] == STACK:
                 _put(stack, place[1], self._value(operands[1], state) if operands[1].type == x86.X86_OP_REG else None)
+            elif place is not None and operands[1].type == x86.X86_OP_REG:
+                held = self._value(operands[1], state)
+                if held is not None and len(held[0]) == 1 and held[1] == 0 and held[0] != STACK:
+                    self.found.add(((*place[0], f"={held[0][0]}"), place[1], 8))
             return
         if ins.id == x86.X86_INS_LEA and operands[0].size == 8:
             _put(registers, operands[0].reg, self._place(operands[1], state))
@@ -171,6 +182,11 @@ class Reader:
             return
         for register in ins.regs_access()[1]:
             registers.pop(_WHOLE.get(register, register), None)
+
+    def _named(self, target: int, registers: Mapping[int, Value]) -> None:
+        held = registers.get(x86.X86_REG_RDI)
+        if target in self.takes and held is not None and held[0] != STACK:
+            self.found.add(((*held[0], self.takes[target]), held[1], 0))
 
     # --- operands ----------------------------------------------------------------------------------------------------
 

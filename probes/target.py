@@ -24,6 +24,7 @@ import numpy.typing as npt
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
+from probes import candidates
 from probes.errors import DpvsProbeError, NeedRoot
 
 # Global functions and variables of DPVS that make a process DPVS to us; DPDK's --export-dynamic keeps them in .dynsym
@@ -61,7 +62,7 @@ class NoSuchProcess(DpvsProbeError):
 
 
 class NotDpvs(DpvsProbeError):
-    help_text = "Give the process id of a running dpvs (1.9.6 or later): pidof dpvs"
+    help_text = "Give the process id of a running dpvs: pidof dpvs"
 
 
 class UnsupportedBinary(DpvsProbeError):
@@ -270,12 +271,15 @@ class Target:
         except PermissionError:
             raise NeedRoot(f"process {pid} may not be read") from None
         except FileNotFoundError:
-            raise NoSuchProcess(f"process {pid} is a kernel thread or has just ended") from None
+            raise NoSuchProcess(
+                f"process {pid} is a kernel thread or has just ended", help_text=candidates.advice()
+            ) from None
         except ProcessLookupError:
             raise NoSuchProcess(f"process {pid} has just ended") from None
         missing = [name for name in REQUIRED if image.symbol(name) is None]
         if missing:
-            raise NotDpvs(f"process {pid} ({os.readlink(proc / 'exe')}) is not DPVS: it has no {missing[0]}()")
+            text = f"process {pid} ({os.readlink(proc / 'exe')}) is not DPVS: it has no {missing[0]}()"
+            raise NotDpvs(text, help_text=candidates.advice())
         entry = dict(struct.iter_unpack("<QQ", auxv[: len(auxv) // 16 * 16])).get(AT_ENTRY)
         if entry is None:
             raise NotDpvs(f"process {pid} has no entry address")

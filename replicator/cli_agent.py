@@ -15,25 +15,36 @@ def agent() -> None:
 
 @agent.command()
 @click.option(
-    "--layout", "layout_name", help="The struct layout of the DPVS that is to start; needed if there are several."
+    "--layout",
+    "layout_name",
+    metavar="NAME",
+    help="The struct layout of the DPVS that is to start, or ./FILE with one.",
 )
+@click.option(
+    "--program", type=click.Path(dir_okay=False, path_type=Path),
+    help="The DPVS that is to start: its debug information, or the layout that was added for its build id.",
+)  # fmt: skip
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), default=f"{NAME_PART}start.so")
-def prepare(file: Path, layout_name: str | None) -> int:
+def prepare(file: Path, layout_name: str | None, program: Path | None) -> int:
     """Write an agent that DPVS loads as it starts, so that attach needs no ptrace.
 
     Start DPVS with it among DPDK's options (`dpvs -- -d FILE`), or with LD_PRELOAD=FILE. It does nothing until an
     attach wakes it. An attach that is newer, or finds another layout, loads its own in its place. DPDK takes no
     library out of a directory that everybody may write to, such as /tmp.
     """
+    from probes import choosing
     from probes.agent.loading import AgentNotLoaded, prepare
-    from probes.layout import Layout
+    from probes.judging import faults
 
-    shipped = Layout.shipped()
-    if layout_name is None and len(shipped) != 1:
-        raise AgentNotLoaded(
-            "there is more than one layout", help_text=f"Give --layout, one of {', '.join(shipped)}, or a file."
-        )
-    prepare(Layout.load(layout_name or shipped[0]), file)
+    if layout_name is not None and program is None:
+        layout = choosing.by_name(layout_name)
+    elif program is not None and layout_name is None:
+        layout = choosing.of_program(program)
+    else:
+        raise AgentNotLoaded("for which DPVS? Give --layout or --program", help_text=choosing.releases())
+    if wrong := faults(layout):
+        raise AgentNotLoaded(f"layout {layout.name} does not agree with itself: {'; '.join(wrong)}")
+    prepare(layout, file)
     path = file.resolve()
-    click.echo(f"{path} is for layout {layout_name or shipped[0]}: dpvs ... -- -d {path}, or LD_PRELOAD={path}")
+    click.echo(f"{path} is for layout {layout.name}: dpvs ... -- -d {path}, or LD_PRELOAD={path}")
     return 0

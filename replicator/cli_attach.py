@@ -241,7 +241,9 @@ class Given:
     def __init__(self, configuration: Configuration, pid: int | None) -> None:
         self._configuration, self._pid = configuration, pid or 0
         if not (pid or configuration.values["pid_file"] or configuration.values["name"]):
-            raise click.UsageError("which DPVS? Give --pid, --pid-file or --name")
+            from probes.candidates import advice
+
+            raise click.UsageError(f"which DPVS? Give --pid, --pid-file or --name\n{advice()}")
 
     @property
     def verbose(self) -> bool:

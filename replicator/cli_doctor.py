@@ -11,17 +11,20 @@ from replicator.rundir import RunDir
 
 
 @click.command()
-@click.option("--pid", type=click.IntRange(min=1), required=True, help="Process id of the DPVS to look at.")
+@click.option(
+    "--pid", type=click.IntRange(min=1), help="Process id of the DPVS to look at; may be left out when just one runs."
+)
 @run_dir_option
 @click.option("--layout", help="Try this struct layout instead of the one that fits.")
 @json_option
-def doctor(pid: int, run_dir: str | None, layout: str | None, as_json: bool) -> int:
+def doctor(pid: int | None, run_dir: str | None, layout: str | None, as_json: bool) -> int:
     """Look for each thing that attach needs, and say what to do about what is missing.
 
     Only looks: attaches no probes, loads nothing. Exit status 0 if attach would work, else 1.
     """
     from probes.doctor import examine
 
+    pid = pid or _only_one()
     found = []
     for check in examine(pid, layout_name=layout, lock_holder=RunDir(run_dir).holder(pid)):
         found.append(check._asdict())
@@ -33,3 +36,14 @@ def doctor(pid: int, run_dir: str | None, layout: str | None, as_json: bool) -> 
     else:
         show(["", "attach would work" if good else "attach would not work"])
     return 0 if good else 1
+
+
+def _only_one() -> int:
+    from probes.candidates import advice, running
+    from probes.target import NoSuchProcess
+
+    found = running()
+    if len(found) != 1:
+        many = f"{len(found)} DPVS processes run here" if found else "no DPVS runs here"
+        raise NoSuchProcess(f"{many}: which one?" if found else many, help_text=advice())
+    return found[0].pid

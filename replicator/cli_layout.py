@@ -32,9 +32,8 @@ def list_() -> int:
 def show(name: str, struct: str | None) -> int:
     """The structs of a layout, shipped or in a file: offset, bytes, field. STRUCT: of that one only."""
     from probes import choosing
-    from probes.layout import Layout
 
-    one = choosing.from_file(Path(name)) if "/" in name else Layout.load(name)
+    one = choosing.by_name(name)
     for each in [one.struct(struct)] if struct else one.structs.values():
         click.echo(f"{each.name}: {each.size} bytes")
         for member, (offset, size) in sorted(each.fields.items(), key=lambda item: item[1]):

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from collector.rows import require_compiled
+from probes.candidates import advice
 from probes.errors import DpvsProbeError, NeedRoot
 from probes.proof import LayoutDisproved
 from probes.target import NoSuchProcess
@@ -66,7 +67,8 @@ def find(options: Options) -> int | None:
         return of_file(Path(options.pid_file))
     found = of_name(options.process_name or "")
     if len(found) > 1:
-        raise ManyProcesses(f"{len(found)} processes are called {options.process_name}: {', '.join(map(str, found))}")
+        text = f"{len(found)} processes are called {options.process_name}: {', '.join(map(str, found))}"
+        raise ManyProcesses(text, help_text=f"{ManyProcesses.help_text} {advice()}")
     return found[0] if found else None
 
 

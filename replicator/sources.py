@@ -207,12 +207,12 @@ def json_lines(data: bytes, name: str) -> Iterator[Line]:
 
 def told_by_dpvs(pid: int) -> Records:
     """Records with the tuples that a DPVS lists itself (GET_CONN_ALL); all else in them is 0."""
+    from probes.choosing import choose
     from probes.control import ControlSocket
-    from probes.memory import choose_layout
     from probes.target import Target
 
     with Target.open(pid) as target:
-        rows = ControlSocket(target.ipc_path, choose_layout(target)).sessions()
+        rows = ControlSocket(target.ipc_path, choose(target)[0]).sessions()
     out = np.zeros(len(rows), RECORD)
     out["af"], out["af_out"], out["proto"] = rows["in_af"], rows["out_af"], rows["proto"]
     for name in ("cport", "vport", "lport", "dport"):

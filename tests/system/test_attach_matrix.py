@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from probes.choosing import choose
 from probes.target import Target
 from replicator.admin import AdminError, ask
 from tests.available import ROOT, TWIN
@@ -20,7 +19,8 @@ from tests.lab.node import COMMAND
 from tests.lab.process import Process, wait_for
 
 SESSIONS = 53
-MEMORY_MIB = 128
+MEMORY_MIB = 256
+START_S = 60.0
 SETUP = """\
 addr add 10.77.0.1/24
 addr add 10.77.1.100/32
@@ -29,32 +29,40 @@ dest add tcp 10.77.1.100:80 10.77.0.20:80 fnat
 laddr add tcp 10.77.1.100:80 10.77.2.200
 synthesize {count} 0 600000
 """
+PREFIX = "--file-prefix={name}"
 HUGE = ("--huge-dir={huge}", "-m", str(MEMORY_MIB))
+# A container's: its own processes, its own mounts, and a directory of the control socket that only it has.
+CONTAINER = (
+    "unshare", "--pid", "--mount", "--fork", "--propagation", "private", "sh", "-c",
+    'mount -t tmpfs none "$0" && exec "$@"', "{inner}",
+)  # fmt: skip
+IN_IT = "agent 0.1.0 is in DPVS"
 
-pytestmark = [pytest.mark.needs("twin", "bpf")]
+pytestmark = [pytest.mark.needs("twin", "bpf", "agent")]
 
 
 class Started:
-    """A twin without packets, with sessions."""
+    """A twin without packets, with sessions. Its control socket is in a directory of its own."""
 
     def __init__(self, directory: Path, huge: Path, program: Path, options: tuple[str, ...], within: tuple[str, ...]):
-        directory.mkdir()
-        self.directory = directory
-        self.ipc = directory / "dpvs.ipc"
+        inner = directory / "inner"
+        inner.mkdir(parents=True)
+        self.directory, self.ipc = directory, inner / "dpvs.ipc"
         pid_file, conf, commands = directory / "pid", directory / "conf", directory / "commands"
         commands.write_text(SETUP.format(count=SESSIONS))
         conf.write_text(text(log=directory / "log", workers=1, pool=2047, established_s=600, udp_s=60, oneway_s=60,
                              port_pools=1, timeouts={}))  # fmt: skip
         name = f"matrix-{os.getpid()}-{directory.name}"
         eal = [option.format(huge=huge, name=name) for option in options]
+        outside = [word.format(inner=inner) for word in within]
         self.process = Process(
             name,
-            [*within, program, "-c", conf, "-p", pid_file, "-x", self.ipc, "--", "--lcores=0@0,1@0", "--main-lcore=0",
+            [*outside, program, "-c", conf, "-p", pid_file, "-x", self.ipc, "--", "--lcores=0@0,1@0", "--main-lcore=0",
              "--no-pci", "--no-telemetry", *eal],
             directory / "out",
             env={"TWIN_COMMANDS": str(commands)},
         )  # fmt: skip
-        wait_for(f"{name} up", lambda: pid_file.exists() or not self.process.alive, 30)
+        wait_for(f"{name} up", lambda: pid_file.exists() or not self.process.alive, START_S)
         assert self.process.alive, self.process.tail()
         self.pid = self.process.pid
         if within:  # as the host counts: the child of what made the namespaces
@@ -62,33 +70,26 @@ class Started:
             self.pid = int(children.read_text().split()[0])
 
     @contextmanager
-    def attached(self) -> Iterator[Path]:
+    def attached(self, *options: str) -> Iterator[Path]:
         run = self.directory / "run"
-        probe = Process("probe", [COMMAND, "attach", "--pid", str(self.pid)], self.directory / "probe.log",
-                        env={"DPVS_PROBE_RUNDIR": str(run)})  # fmt: skip
+        probe = Process(
+            "probe", [COMMAND, "attach", "--pid", str(self.pid), *options], self.directory / "probe.log",
+            env={"DPVS_PROBE_RUNDIR": str(run), "DPVS_PROBE_LAYOUTS": str(self.directory / "layouts")},
+        )  # fmt: skip
         try:
             yield run / f"{self.pid}.sock"
         finally:
             probe.stop()
             print(probe.tail())
 
-    def seen(self) -> dict[str, Any]:
-        """Attach; the status once all sessions are in the table and the layout is proven."""
-        with self.attached() as admin:
-            said: dict[str, Any] = {}
-
-            def all_there() -> bool:
-                nonlocal said
-                try:
-                    (said,) = ask(admin, "status")
-                except AdminError:
-                    return False
-                return len(_asked(admin)) == SESSIONS
-
-            wait_for("all sessions in the table", all_there, 25)
+    def seen(self, *options: str) -> tuple[dict[str, Any], str]:
+        """Attach; status and log once all sessions are in the table and the layout is proven."""
+        with self.attached(*options) as admin:
+            wait_for("all sessions in the table", lambda: len(_asked(admin)) == SESSIONS, START_S)
+            (status,) = ask(admin, "status")
             log = (self.directory / "probe.log").read_text()
-            assert "proven on" in log, log
-            return said
+        assert "proven on" in log, log
+        return status, log
 
     def close(self) -> None:
         self.process.kill()
@@ -113,62 +114,76 @@ def start(tmp_path: Path, lab_run: Any, lab_pages: Any) -> Iterator[Any]:
         page.unlink()
 
 
-def variant(option: str, name: str) -> Path:
-    subprocess.run(["make", "-s", "-C", ROOT / "tests" / "twin", f"OUT={TWIN.parent}", option], check=True, timeout=200)
-    return TWIN.with_name(name)
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """The directory of the twin's variants; linked of what is compiled already."""
+    make = ["make", "-s", "-C", str(ROOT / "tests" / "twin"), f"OUT={TWIN.parent}", "variants"]
+    subprocess.run(make, check=True, timeout=300)
+    return TWIN.parent
+
+
+def test_stripped_in_a_container(start: Any, tmp_path: Path) -> None:
+    """Symbols that only a debugger needs are gone; other processes, other mounts, another socket; agent and probes."""
+    program = tmp_path / "dpvs-stripped"
+    shutil.copy2(TWIN, program)
+    subprocess.run(["strip", program], check=True)
+    started = start(*HUGE, PREFIX, program=program, within=CONTAINER)
+    for kind in ("pid", "mnt"):
+        assert os.readlink(f"/proc/{started.pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+    assert not started.ipc.exists()  # for us
+    status, log = started.seen("--listen", "127.0.0.1:0", "--insecure")
+    assert (status["layout"], status["memory"]) == ("1.10.2", "mapped")
+    assert IN_IT in log
+    assert "one link for all sites" in log or "probe at dp_vs_redirect_init" in log
+
+
+def test_at_a_fixed_address_with_unlinked_pages(start: Any, built: Path) -> None:
+    started = start(*HUGE, PREFIX, "--huge-unlink", program=built / "dpvs-twin-nopie")
+    with Target.open(started.pid) as target:
+        assert not target.is_pie
+    status, log = started.seen("--listen", "127.0.0.1:0", "--insecure")
+    assert status["memory"] == "mapped"
+    assert IN_IT in log
+    assert "probe at dp_vs_redirect_init" in log
 
 
 @pytest.mark.parametrize(
     ("options", "memory"),
     [
-        ((*HUGE, "--file-prefix={name}"), "mapped"),
-        ((*HUGE, "--file-prefix={name}", "--huge-unlink"), "mapped"),
         (("--in-memory", "--huge-dir={huge}", "-m", str(MEMORY_MIB)), "mapped"),
-        (("--no-huge", "-m", str(MEMORY_MIB), "--file-prefix={name}"), "copied"),
+        (("--no-huge", "-m", str(MEMORY_MIB), PREFIX), "copied"),
     ],
-    ids=["file-prefix", "huge-unlink", "in-memory", "no-huge"],
+    ids=["in-memory", "no-huge"],
 )
-def test_memory(start: Any, options: tuple[str, ...], memory: str) -> None:
-    assert start(*options).seen()["memory"] == memory
+def test_memory_without_files(start: Any, options: tuple[str, ...], memory: str) -> None:
+    status, _ = start(*options).seen("--scan-only")
+    assert status["memory"] == memory
 
 
-def test_stripped(start: Any, tmp_path: Path) -> None:
-    program = tmp_path / "dpvs-stripped"
-    shutil.copy2(TWIN, program)
-    subprocess.run(["strip", program], check=True)
-    start(*HUGE, "--file-prefix={name}", program=program).seen()
+def test_two_on_a_host(start: Any, built: Path, tmp_path: Path) -> None:
+    """One with debug information, one for which a layout was added; each attach sees its own."""
+    one = start(*HUGE, PREFIX, program=built / "dpvs-twin-debug")
+    other = start(*HUGE, PREFIX)
+    made, kept = tmp_path / "made.json", other.directory / "layouts"
+    _command("layout", "generate", "--debug", str(built / "dpvs-twin-debug"), "--release", "1.10.2", str(made))
+    said = _command("layout", "add", str(made), "--pid", str(other.pid), DPVS_PROBE_LAYOUTS=str(kept))
+    assert said.stdout.startswith(f"kept as {kept}/")
+    said = _command("doctor", status=1)
+    assert f"{one.pid} " in said.stderr
+    assert f"{other.pid} " in said.stderr
+    with one.attached("--scan-only") as first, other.attached("--scan-only") as second:
+        wait_for("the sessions of one", lambda: len(_asked(first)) == SESSIONS, START_S)
+        wait_for("the sessions of the other", lambda: len(_asked(second)) == SESSIONS, START_S)
+    for started, source in ((one, "debug information of"), (other, "added for build id")):
+        log = (started.directory / "probe.log").read_text()
+        assert source in log, log
+        assert "proven on" in log, log
 
 
-def test_not_position_independent(start: Any) -> None:
-    started = start(*HUGE, "--file-prefix={name}", program=variant("PIE=0", "dpvs-twin-nopie"))
-    with Target.open(started.pid) as target:
-        assert not target.is_pie
-    started.seen()
-
-
-def test_debug_information_is_taken_before_anything_else(start: Any) -> None:
-    started = start(*HUGE, "--file-prefix={name}", program=variant("DEBUG=1", "dpvs-twin-debug"))
-    with Target.open(started.pid) as target:
-        layout, source = choose(target)
-    assert source.startswith("debug information")
-    assert layout.offset("dp_vs_conn", "flags") == 538
-    assert started.seen()["layout"] == layout.name
-
-
-def test_other_namespaces(start: Any) -> None:
-    """A container's: its own processes, its own mounts, and a control socket where only it has a directory."""
-    within = ("unshare", "--pid", "--mount", "--fork", "--propagation", "private")
-    started = start(*HUGE, "--file-prefix={name}", within=within)
-    assert os.readlink(f"/proc/{started.pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
-    assert os.readlink(f"/proc/{started.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt")
-    started.seen()
-
-
-def test_two_on_a_host(start: Any) -> None:
-    one, other = (start(*HUGE, "--file-prefix={name}") for _ in range(2))
-    with one.attached() as first, other.attached() as second:
-        wait_for("the sessions of one", lambda: len(_asked(first)) == SESSIONS, 25)
-        wait_for("the sessions of the other", lambda: len(_asked(second)) == SESSIONS, 25)
+def _command(*words: str, status: int = 0, **env: str) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run([COMMAND, *words], check=False, capture_output=True, text=True, env={**os.environ, **env})
+    assert done.returncode == status, done.stderr
+    return done
 
 
 def _asked(admin: Path) -> list[dict[str, Any]]:
