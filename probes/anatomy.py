@@ -47,6 +47,7 @@ FUNCTIONS: Mapping[str, Mapping[int, str]] = {
     "dp_vs_laddr_bind": {0: SESSION, 1: SERVICE},
     "dp_vs_conn_new": {2: PARAM, 3: DEST},
     "dp_vs_dest_lookup": {1: SERVICE},
+    "dp_vs_schedule": {0: SERVICE},
     "dp_vs_dest_put": {0: DEST},
     "dp_vs_service_put": {0: SERVICE},
     "sa_pool_create": {0: IFADDR},
@@ -166,7 +167,10 @@ class Anatomy:
     def shows(self, layout: Layout, struct: str, member: str) -> bool:
         """Whether the code is seen to touch this field, as wide as the layout says, where the layout says."""
         offset, size = layout.field(struct, member)
-        return _touches(self.places(layout, struct), offset, size)
+        places = self.places(layout, struct)
+        return _touches(places, offset, size) or (
+            member == "flags" and (offset, 1) in places
+        )  # a bit of its first byte
 
     def shows_timer(self, layout: Layout) -> bool:
         """Whether what the layout takes for a session's timer is given to DPVS's functions for timers."""

@@ -47,9 +47,9 @@ def running(proc: Path = Path("/proc")) -> list[Candidate]:
     return sorted(found, key=lambda one: one.pid)
 
 
-def advice() -> str:
-    """What to do next: which process ids there are to choose from."""
-    found = running()
+def advice(found: list[Candidate] | None = None) -> str:
+    """What to do next: which process ids there are to choose from (None: looked for now)."""
+    found = running() if found is None else found
     if not found:
         return "No DPVS runs on this host. Start it first; its process id is then what `pidof dpvs` says."
     return "Running here, to be named by --pid: " + "; ".join(map(str, found))

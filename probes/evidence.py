@@ -123,8 +123,8 @@ class Chain:
     fields: tuple[Name, ...]
     holds: Callable[[Looker, Any], bool]
 
-    def look(self, ledger: Ledger, looker: Looker, objects: Sequence[Any]) -> None:
-        """Judge the fields by these objects."""
+    def look(self, ledger: Ledger, looker: Looker, objects: Sequence[Any], most: int | None = None) -> None:
+        """Judge the fields by these objects; other places of a field are tried on ``most`` of them, None: on all."""
         if self.holds_for(looker, objects):
             ledger.prove(self.fields, self.what)
             return
@@ -132,7 +132,7 @@ class Chain:
             (name, offset)
             for name in self.fields
             for offset, layout in moved(looker.layout, name)
-            if self.holds_for(looker.under(layout), objects)
+            if self.holds_for(looker.under(layout), objects[:most])
         ]
         for name, offset in mended:
             ledger.bad.setdefault(name, f"{self.what}: it would be right at {offset}")

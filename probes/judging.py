@@ -72,9 +72,7 @@ SELDOM: tuple[Name, ...] = (
     *((SESSION, member) for member in ("fnat_seq", "rs_end_seq", "rs_end_ack")),
     *(("dp_vs_seq", member) for member in ("isn", "delta", "fdata_seq")),
 )
-# What the agent looks up the services of templates by. No live object tells of these on its own; nothing is written.
-ONLY_READ: tuple[Name, ...] = tuple((SERVICE, member) for member in ("port", "addr", "flags", "timeout", "netmask"))
-INJECTED: tuple[Name, ...] = tuple(n for n in abi.fields() if n[1] not in OPTIONAL and n not in ONLY_READ)
+INJECTED: tuple[Name, ...] = tuple(n for n in abi.fields() if n not in OPTIONAL)
 # Structs that arguments of DPVS's functions point to, or lead to.
 BY_CODE = (
     SESSION, DEST, SERVICE, LADDR, PARAM, IFADDR, PORTS, BUCKET, ENTRY, HANDLERS, MESSAGE, MESSAGE_TYPE,
@@ -82,6 +80,7 @@ BY_CODE = (
 WHOLES = ("timer", "tuplehash")  # structs of their own
 FULLNAT_ONLY = (LADDR, IFADDR, PORTS, BUCKET, ENTRY)  # what only FullNAT sessions need
 SESSIONS_LOOKED_AT = 64
+MOVED_FOR = 8  # of these
 CALLBACKS = 40
 Bytes = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
@@ -92,10 +91,14 @@ MAX_MOVED = 1 << 26  # bytes that a session may have carried, for its sequence n
 
 def supported(layout: Layout, anatomy: Anatomy) -> tuple[Layout, tuple[str, ...]]:
     """The layout without those of its optional fields that DPVS's code does not show; their names."""
-    gone = tuple(
-        member for member in OPTIONAL if layout.has(SESSION, member) and not anatomy.shows(layout, SESSION, member)
-    )
-    return (layout.without(SESSION, gone) if gone else layout), tuple(name_of((SESSION, member)) for member in gone)
+    gone = [
+        (struct, member)
+        for struct, member in OPTIONAL
+        if member is not None and layout.has(struct, member) and not anatomy.shows(layout, struct, member)
+    ]
+    for struct, member in gone:
+        layout = layout.without(struct, [member])
+    return layout, tuple(map(name_of, gone))
 
 
 def judge_objects(target: Target, layout: Layout, anatomy: Anatomy, sessions: Sequence[Session]) -> Ledger:
@@ -103,9 +106,9 @@ def judge_objects(target: Target, layout: Layout, anatomy: Anatomy, sessions: Se
     ledger, looker = Ledger(), Looker(target, layout)
     chosen = sessions[:SESSIONS_LOOKED_AT]
     if chosen:
-        SERVERS.look(ledger, looker, chosen)
+        SERVERS.look(ledger, looker, chosen, MOVED_FOR)
         if full := [one for one in chosen if one.mode == FULLNAT]:
-            LOCALS.look(ledger, looker, full)
+            LOCALS.look(ledger, looker, full, MOVED_FOR)
     nodes = _nodes(target)
     if nodes and (chosen or SERVICES.holds_for(looker, nodes)):
         SERVICES.look(ledger, looker, nodes)
@@ -122,7 +125,7 @@ def judge_objects(target: Target, layout: Layout, anatomy: Anatomy, sessions: Se
 def judge_code(ledger: Ledger, layout: Layout, anatomy: Anatomy) -> None:
     """Note for every field used whether DPVS's own code is seen to use it where the layout has it."""
     how = "DPVS's own code"
-    for struct, member in {*CAPTURED, *INJECTED, *((SESSION, m) for m in OPTIONAL)}:
+    for struct, member in {*CAPTURED, *INJECTED, *OPTIONAL}:
         if member is None:
             if struct in (PARAM, HANDLERS, MESSAGE_TYPE) and layout.has(struct):
                 ends = [offset + size for offset, size in anatomy.places(layout, struct)]

@@ -152,6 +152,10 @@ class Layout:
         return int.from_bytes(data[base + offset : base + offset + size], "little")
 
 
+# Releases whose DPVS_CONN_F_SYNPROXY is 0x8000 (their include/ipvs/conn.h): dpvs-probe layout generate refuses them.
+TAKEN = tuple(f"1.8.{minor}" for minor in range(9))
+
+
 def select(evidence: Evidence, layouts: Iterable[Layout] | None = None) -> Layout:
     """The layout that fits the evidence: its session size must match, and the release must be one it names.
 
@@ -159,6 +163,11 @@ def select(evidence: Evidence, layouts: Iterable[Layout] | None = None) -> Layou
     on the live process has the last word.
     """
     known = [Layout.load(name) for name in Layout.shipped()] if layouts is None else list(layouts)
+    if evidence.release in TAKEN:
+        raise UnknownLayout(
+            f"DPVS {evidence.release} uses the flag 0x8000 of a session itself, which dpvs-probe marks copies with",
+            help_text="Such a DPVS is not supported: 1.8.10 or later is.",
+        )
     if evidence.session_bytes is not None:
         sizes = ", ".join(map(str, sorted({layout.size(SESSION) for layout in known})))
         known = [layout for layout in known if layout.size(SESSION) == evidence.session_bytes]

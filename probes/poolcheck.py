@@ -32,14 +32,15 @@ POOL_FIELDS: tuple[Name, ...] = (
 )  # fmt: skip
 
 
-def look_at_pools(ledger: Ledger, looker: Looker, prefix: str, regions: Sequence[Region]) -> None:
-    """Judge DPDK's structs by what the process has; without a table of zones (``--in-memory``) only the pool's."""
+def look_at_pools(ledger: Ledger, looker: Looker, prefix: str, regions: Sequence[Region], found: Sequence[int]) -> None:
+    """Judge DPDK's structs by what the process has; without a table of zones (``--in-memory``) only the pools', which
+    were ``found`` by their names."""
     tables = [r for r in regions if TABLE in r.path]
     if tables:
         raw = [looker.target.read(table.start, table.size) for table in tables]
         _chain_of_zones(prefix).look(ledger, looker, raw)
     addresses = _addresses(looker.target, looker.layout, prefix, regions)
-    _chain_of_pools(prefix).look(ledger, looker, addresses)
+    _chain_of_pools(prefix).look(ledger, looker, addresses if tables else found)
 
 
 def explain(target: Target, layout: Layout, prefix: str, regions: Sequence[Region]) -> str | None:

@@ -130,7 +130,7 @@ def prove_live(
     checks.append(check)
     ledger = _ledger(pool, anatomy, conns, slots)
     regions = target.maps()
-    look_at_pools(ledger, Looker(target, layout), POOL_PREFIX, regions)
+    look_at_pools(ledger, Looker(target, layout), POOL_PREFIX, regions, [p.address for p in pool.pools])
     used = (*CAPTURED, *POOL_FIELDS, *(ZONE_FIELDS if any(TABLE in r.path for r in regions) else ()))
     for one in checks:
         if one.status == "ok":

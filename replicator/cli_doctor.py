@@ -40,10 +40,8 @@ def doctor(pid: int | None, run_dir: str | None, layout: str | None, as_json: bo
 
 def _only_one() -> int:
     from probes.candidates import advice, running
-    from probes.target import NoSuchProcess
 
     found = running()
     if len(found) != 1:
-        many = f"{len(found)} DPVS processes run here" if found else "no DPVS runs here"
-        raise NoSuchProcess(f"{many}: which one?" if found else many, help_text=advice())
+        raise click.UsageError(f"which DPVS? Give --pid\n{advice(found)}")
     return found[0].pid

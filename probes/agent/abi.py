@@ -84,8 +84,12 @@ class Code(IntEnum):
     RETIRED = 36
 
 
-# Fields of a session that the agent can do without: it refuses what would need one that it is not given.
-OPTIONAL = ("syn_proxy_seq", "wscale_vs", "wscale_rs", "pp_version", "pp_sent")
+# Fields that the agent can do without: it refuses what would need one that it is not given. Those of a service are for
+# templates.
+OPTIONAL: tuple[tuple[str, str | None], ...] = (
+    *(("dp_vs_conn", member) for member in ("syn_proxy_seq", "wscale_vs", "wscale_rs", "pp_version", "pp_sent")),
+    *(("dp_vs_service", member) for member in ("flags", "timeout", "netmask")),
+)
 
 RETRYABLE = 16  # codes from here to PERMANENT - 1
 PERMANENT = 32

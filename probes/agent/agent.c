@@ -319,12 +319,13 @@ static void *arrive(void *arg)
 	return NULL;
 }
 
-/* Fields that a session can do without, if it does not need them (session.c: check_record). */
+/* Fields without which some records are refused (session.c: check_record; template.c: check_template). */
 static bool is_optional(unsigned offset)
 {
 	return offset == OFF_dp_vs_conn_syn_proxy_seq || offset == OFF_dp_vs_conn_wscale_vs ||
 	       offset == OFF_dp_vs_conn_wscale_rs || offset == OFF_dp_vs_conn_pp_version ||
-	       offset == OFF_dp_vs_conn_pp_sent;
+	       offset == OFF_dp_vs_conn_pp_sent || offset == OFF_dp_vs_service_flags ||
+	       offset == OFF_dp_vs_service_timeout || offset == OFF_dp_vs_service_netmask;
 }
 
 __attribute__((constructor)) static void load(void)

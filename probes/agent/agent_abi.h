@@ -78,8 +78,6 @@
 	FIELD(dp_vs_dest, svc) \
 	FIELD(dp_vs_service, af) \
 	FIELD(dp_vs_service, proto) \
-	FIELD(dp_vs_service, port) \
-	FIELD(dp_vs_service, addr) \
 	FIELD(dp_vs_service, flags) \
 	FIELD(dp_vs_service, timeout) \
 	FIELD(dp_vs_service, netmask) \

@@ -67,7 +67,7 @@ def _of_layout(layout: Layout) -> Any:
     for i, (struct, field) in enumerate(abi.fields()):
         if field is None:
             config["offsets"][i] = layout.size(struct)
-        elif field not in abi.OPTIONAL or layout.has(struct, field):
+        elif (struct, field) not in abi.OPTIONAL or layout.has(struct, field):
             config["offsets"][i] = layout.offset(struct, field)
     config["digest"] = int.from_bytes(blake2b(config.tobytes(), digest_size=8).digest(), "little")
     return config

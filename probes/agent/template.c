@@ -27,8 +27,16 @@ static void lock(void)
 
 static void unlock(void) { __atomic_store_n(&making, 0, __ATOMIC_RELEASE); }
 
+/* Whether the fields of a service are known by which templates are made. */
+static bool known(void)
+{
+	return HAS(dp_vs_service, flags) && HAS(dp_vs_service, timeout) && HAS(dp_vs_service, netmask);
+}
+
 uint8_t check_template(const struct agent_record *r)
 {
+	if (!known())
+		return CODE_UNSUPPORTED;
 	if (!r->vport) /* of a service of all ports: no release lets anybody configure one */
 		return CODE_UNSUPPORTED;
 	if (r->cport || r->lport || r->dport || !r->timeout_ms || r->timeout_ms / 1000 > AGENT_MAX_TIMEOUT_S)
@@ -111,7 +119,7 @@ void *template_for(const struct agent_record *r, void *svc, void *dest)
 	uint8_t network[16], code;
 	void *template;
 
-	if (!(get32(AT(svc, dp_vs_service, flags)) & SVC_PERSISTENT))
+	if (!known() || !(get32(AT(svc, dp_vs_service, flags)) & SVC_PERSISTENT))
 		return NULL;
 	network_of(r->af, r->caddr, svc, network);
 	lock();

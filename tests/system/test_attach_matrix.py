@@ -33,7 +33,7 @@ PREFIX = "--file-prefix={name}"
 HUGE = ("--huge-dir={huge}", "-m", str(MEMORY_MIB))
 # A container's: its own processes, its own mounts, and a directory of the control socket that only it has.
 CONTAINER = (
-    "unshare", "--pid", "--mount", "--fork", "--propagation", "private", "sh", "-c",
+    "unshare", "--pid", "--fork", "--mount-proc", "--propagation", "private", "sh", "-c",
     'mount -t tmpfs none "$0" && exec "$@"', "{inner}",
 )  # fmt: skip
 IN_IT = "agent 0.1.0 is in DPVS"
@@ -50,7 +50,7 @@ class Started:
         self.directory, self.ipc = directory, inner / "dpvs.ipc"
         pid_file, conf, commands = directory / "pid", directory / "conf", directory / "commands"
         commands.write_text(SETUP.format(count=SESSIONS))
-        conf.write_text(text(log=directory / "log", workers=1, pool=2047, established_s=600, udp_s=60, oneway_s=60,
+        conf.write_text(text(log=directory / "log", workers=1, pool=65536, established_s=600, udp_s=60, oneway_s=60,
                              port_pools=1, timeouts={}))  # fmt: skip
         name = f"matrix-{os.getpid()}-{directory.name}"
         eal = [option.format(huge=huge, name=name) for option in options]
@@ -148,16 +148,12 @@ def test_at_a_fixed_address_with_unlinked_pages(start: Any, built: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "memory"),
-    [
-        (("--in-memory", "--huge-dir={huge}", "-m", str(MEMORY_MIB)), "mapped"),
-        (("--no-huge", "-m", str(MEMORY_MIB), PREFIX), "copied"),
-    ],
-    ids=["in-memory", "no-huge"],
+    "options", [("--in-memory", "--huge-dir={huge}"), ("--no-huge", PREFIX)], ids=["in-memory", "no-huge"]
 )
-def test_memory_without_files(start: Any, options: tuple[str, ...], memory: str) -> None:
-    status, _ = start(*options).seen("--scan-only")
-    assert status["memory"] == memory
+def test_memory_without_files(start: Any, options: tuple[str, ...]) -> None:
+    """DPDK takes a memfd for both, which is mapped as files are; the table of zones is in none with the first."""
+    status, _ = start(*options, "-m", str(MEMORY_MIB)).seen("--scan-only")
+    assert status["memory"] == "mapped"
 
 
 def test_two_on_a_host(start: Any, built: Path, tmp_path: Path) -> None:
@@ -168,7 +164,7 @@ def test_two_on_a_host(start: Any, built: Path, tmp_path: Path) -> None:
     _command("layout", "generate", "--debug", str(built / "dpvs-twin-debug"), "--release", "1.10.2", str(made))
     said = _command("layout", "add", str(made), "--pid", str(other.pid), DPVS_PROBE_LAYOUTS=str(kept))
     assert said.stdout.startswith(f"kept as {kept}/")
-    said = _command("doctor", status=1)
+    said = _command("doctor", status=2)
     assert f"{one.pid} " in said.stderr
     assert f"{other.pid} " in said.stderr
     with one.attached("--scan-only") as first, other.attached("--scan-only") as second:

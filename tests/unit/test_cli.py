@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
+from probes import candidates
 from probes.errors import DpvsProbeError
 from replicator import cli_ask as module
 from replicator.cli import cli, main
@@ -182,7 +184,6 @@ def test_every_option_says_what_it_does(name: str) -> None:
         ["attach", "--pid", "1", "--require-peer", "1"],
         ["attach", "--pid", "1", "--peer"],
         ["attach", "--pid", "1", "--nonsense"],
-        ["doctor"],
         ["sessions", "--port", "70000"],
         ["sessions", "--limit", "0"],
     ],
@@ -192,6 +193,21 @@ def test_wrong_usage_is_status_2(run: Runner, arguments: list[str]) -> None:
     assert ran.status == 2
     assert "Usage: dpvs-probe" in ran.err or ran.err.startswith("Error: ")
     assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize("command", ["doctor", "attach"])
+def test_which_dpvs(run: Runner, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """Without --pid all there are, are said; doctor takes the only one."""
+    one = candidates.Candidate(os.getpid(), "/usr/bin/dpvs", "dpvs -x it", contained=False)
+    monkeypatch.setattr(candidates, "running", lambda: [one, replace(one, pid=2, contained=True)])
+    ran = run(command)
+    assert ran.status == 2
+    assert f"{os.getpid()} dpvs -x it; 2 dpvs -x it (in a container)" in ran.err
+    monkeypatch.setattr(candidates, "running", list)
+    assert "No DPVS runs" in run(command).err
+    monkeypatch.setattr(candidates, "running", lambda: [one])
+    ran = run(command)
+    assert (ran.status, "is not DPVS" in ran.out) == ((1, True) if command == "doctor" else (2, False))
 
 
 @pytest.mark.parametrize(

@@ -166,3 +166,9 @@ def test_numbers_are_integers(number: Any) -> None:
         lambda d: d["dpvs"]["structs"]["dp_vs_conn"]["fields"].update(af=[0, number]),
     ):
         test_damaged_data_is_refused(damage)
+
+
+@pytest.mark.parametrize("release", ["1.8.2", "1.8.8"])
+def test_a_release_that_uses_our_flag(release: str) -> None:
+    with pytest.raises(UnknownLayout, match="0x8000"):
+        select(Evidence(release, 704))
