@@ -74,7 +74,7 @@ def releases() -> str:
 
 def _added_for(build_id: str) -> Layout | None:
     path = directory() / f"{build_id}.json"
-    return from_file(path) if build_id and path.is_file() else None
+    return from_file(path) if build_id and os.path.isfile(path) else None
 
 
 def by_name(name: str) -> Layout:
@@ -103,7 +103,7 @@ def _debug_files(build_id: str, roots: Iterable[Path]) -> Iterator[Path]:
     if len(build_id) > 2:
         for root in roots:
             path = root / DEBUG / build_id[:2] / f"{build_id[2:]}.debug"
-            if path.is_file():
+            if os.path.isfile(path):
                 yield path
 
 
