@@ -76,7 +76,7 @@ class Settings:
     udp_oneway_s: int = 60
     kinds: tuple[str, ...] = ()  # of services beyond those that every pair has: tests.lab.services.KINDS
     sctp: bool = False  # services of it too
-    synproxy: bool = False  # FullNAT TCP services have one; not on the twin
+    synproxy: bool = False  # FullNAT TCP services have one
     persistent_s: int = 0  # clients stay with their real server for so long
     port_pools: int = 1  # the ports of a local address, divided by the real server
     pool: int = 65536

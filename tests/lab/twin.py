@@ -67,8 +67,6 @@ class TwinNode(Node):
         return reply
 
     def configure(self, services: list[Service]) -> None:
-        if self.settings.synproxy:
-            raise LabError("the twin has no SYN proxy")
         for prefix in self.plan.node_prefixes(self.name):
             self.tell(f"addr add {prefix}")
         for address in dict.fromkeys(service.address for service in services):
@@ -76,6 +74,8 @@ class TwinNode(Node):
         for service in services:
             key = f"{service.proto} {service.key}"
             self.tell(f"service add {key} sched rr")
+            if self.settings.synproxy and service.proto == "tcp" and service.mode == "fnat":
+                self.tell(f"service synproxy {key} on")
             if self.settings.persistent_s:
                 self.tell(f"service persist {key} {self.settings.persistent_s}")
             for server in service.servers:

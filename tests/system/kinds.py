@@ -141,9 +141,9 @@ def counted(pair: Pair, node: Node) -> dict[Case, tuple[int, int]]:
     return found
 
 
-def failover(pair: Pair, workers: int) -> dict[Case, str]:
+def failover(pair: Pair, workers: int, protocols: tuple[str, ...] = tuple(PROTOCOLS)) -> dict[Case, str]:
     """Play it through; ``SURVIVES`` or what went wrong, for each case."""
-    cases = [(kind, proto) for kind in pair.settings.kinds for proto in PROTOCOLS]
+    cases = [(kind, proto) for kind in pair.settings.kinds for proto in protocols]
     faults: defaultdict[Case, list[str]] = defaultdict(list)
 
     def fault(case: Case, text: str) -> None:

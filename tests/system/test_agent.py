@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collector.record import FNAT
+from collector.conns import from_conns
+from collector.record import FNAT, SYNPROXY
 from probes.agent import abi, loading
 from probes.agent.client import AgentAbsent, AgentBusy, AgentClient, AgentRefused, Door
 from probes.memory import SessionPool
@@ -27,6 +28,8 @@ from tests.lab.records import answers, final_codes, fnat_records
 pytestmark = [pytest.mark.dpvs, pytest.mark.needs("agent")]
 SOURCES = Path(loading.__file__).parent
 ENDED = {abi.Code.DELETED, abi.Code.ABSENT}
+COPIED = ("af", "af_out", "proto", "cport", "vport", "lport", "dport")
+SMALL = {"wscale_vs": 15, "wscale_rs": 15, "pp_version": 3, "pp_sent": 2}
 UPSERT, DELETE = int(abi.RecordOp.UPSERT), int(abi.RecordOp.DELETE)
 
 
@@ -206,6 +209,36 @@ def test_a_trial_comes_first(pair: Pair, target: Target, tmp_path: Path, monkeyp
         client = load(pair, target)
         with pytest.raises(TrialFailed, match=r"wscale_vs in memory is 9, not 7$"):
             tried_first(client, layout, pool, control, modes).submit(ops, records)
+    wait_for("nothing is left", lambda: empty(pair), 10)
+
+
+def test_a_copy_has_all_that_its_record_has(pair: Pair, target: Target) -> None:
+    """Read back from DPVS's memory, when it was made and when it was told again."""
+    rng = np.random.default_rng(23)
+    client, records = load(pair, target), fnat_records(pair.plan, 211)
+    numbers = [f"{which}_{part}" for which in ("fnat", "sp") for part in ("isn", "delta", "fdata_seq", "prev_delta")]
+    with SessionPool.open(target, pair.b.layout) as pool:
+        for answer in (abi.Code.CREATED, abi.Code.UPDATED):
+            for name in (*numbers, "rs_end_seq", "rs_end_ack"):
+                records[name] = rng.integers(1 << 32, size=len(records))
+            for name, end in SMALL.items():
+                records[name] = rng.integers(end, size=len(records))
+            records["flags"] = rng.choice([0, SYNPROXY], len(records))
+            records["timeout_ms"] = 1000 * rng.integers(30, 600, size=len(records))
+            assert set(answers(client, UPSERT, records).tolist()) == {answer}
+            slots = np.flatnonzero(pool.live())
+            seen = from_conns(pool.read(slots)[0], slots, {})
+            seen = seen[np.argsort(seen["fnat_isn"])]
+            wanted = records[np.argsort(records["fnat_isn"])]
+            for name in (*COPIED, *SMALL, *numbers, "rs_end_seq", "rs_end_ack"):
+                assert (seen[name] == wanted[name]).all(), name
+            for name in ("caddr", "vaddr", "laddr", "daddr"):  # DPVS leaves rubbish above an IPv4 address
+                assert (seen[name][:, :4] == wanted[name][:, :4]).all(), name
+            assert (seen["flags"] & SYNPROXY == wanted["flags"]).all()
+            assert (seen["timeout_ms"] == wanted["timeout_ms"]).all()
+        counters = pair.b.counters()
+        assert (counters.active, counters.inactive, counters.ports_used) == (0, len(records), len(records))
+        assert (answers(client, DELETE, records) == abi.Code.DELETED).all()
     wait_for("nothing is left", lambda: empty(pair), 10)
 
 

@@ -146,3 +146,40 @@ def test_a_tie_goes_when_its_owner_s_does(pair: Pair) -> None:
     wait_for("the tie has ended on a", lambda: not templates(pair.a), 20, 0.1)
     wait_for("and on b", lambda: not templates(pair.b), 5, 0.1)
     assert pair.b.counters().idle
+
+
+@pytest.mark.pair(kinds=("fnat", "dr6"), persistent_s=60, workers=2, udp_timeout_s=2, udp_oneway_s=2)
+def test_ties_come_back(pair: Pair) -> None:
+    """a dies, b carries on, a returns empty and gets all ties from b, also that of a client without any session;
+    and its clients are still tied when it takes over again.
+    """
+
+    def idle(node: Node) -> int:
+        return sum(one.controlled == 0 for one in templates(node))
+
+    pair.replicate(both=True)
+    with ExitStack() as stack:
+        old = [_open(pair, "fnat", socket.SOCK_STREAM, stack), _open(pair, "dr6", socket.SOCK_STREAM, stack)]
+        with ExitStack() as soon:
+            _open(pair, "fnat", socket.SOCK_DGRAM, soon)
+        before = ties(pair.a)
+        assert len(before) == 3
+        wait_for("all ties on b, one without a session", lambda: (ties(pair.b), idle(pair.b)) == (before, 1), 30, 0.2)
+        pair.kill("a")
+        pair.a.attached[-1].process.wait(10)
+        pair.active("b")
+        for connection in old:
+            _exchange(connection)
+        assert ties(pair.b) == before
+        pair.start("a")
+        pair.a.probe("--listen", pair.sync_address("a"), "--peer", pair.sync_address("b"))
+        wait_for("all ties on a", lambda: ties(pair.a) == before, 30, 0.2)
+        pair.active("a")
+        for connection in old:
+            _exchange(connection)
+        for kind, sort in (("fnat", socket.SOCK_STREAM), ("fnat", socket.SOCK_DGRAM), ("dr6", socket.SOCK_STREAM)):
+            for _ in range(FRESH):
+                _open(pair, kind, sort, stack)
+        wanted = {(proto, virtual): {server} for proto, virtual, server in before}
+        assert _servers(pair.a) == wanted
+        assert ties(pair.a) == before

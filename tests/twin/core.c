@@ -174,6 +174,8 @@ int dp_vs_in(int af, struct rte_mbuf *mbuf)
             return verdict;
         dir = DPVS_CONN_DIR_INBOUND;
     }
+    if (conn->proto == IPPROTO_TCP && conn->flags & DPVS_CONN_F_SYNPROXY && conn->state == DPVS_TCP_S_SYN_SENT)
+        return synproxy_wait(conn, mbuf, dir);
     prot->state_trans(prot, conn, mbuf, dir);
     conn->old_state = conn->state;
     return transmit(mbuf, prot, conn, dir);

@@ -53,7 +53,7 @@ char twin_quiet;
 
 static uint32_t secret;
 
-static struct tcphdr *tcp_header(int af, const struct rte_mbuf *mbuf)
+struct tcphdr *tcp_header(int af, const struct rte_mbuf *mbuf)
 {
     int offset = ip_hdrlen(af, mbuf);
     struct tcphdr *th = mbuf_header(mbuf, offset, sizeof(*th));
@@ -222,7 +222,7 @@ static int tcp_nat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn
 /* Outbound. */
 
 /* The server's next byte and what it has acknowledged, network order, as it sent them: for resets. */
-static void save_server_sequence(struct dp_vs_conn *conn, const struct rte_mbuf *mbuf, const struct tcphdr *th)
+void tcp_save_server(struct dp_vs_conn *conn, const struct rte_mbuf *mbuf, const struct tcphdr *th)
 {
     uint32_t used;
 
@@ -256,7 +256,7 @@ static int tcp_fnat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_con
 
     if (!th)
         return EDPVS_INVPKT;
-    save_server_sequence(conn, mbuf, th);
+    tcp_save_server(conn, mbuf, th);
     th->source = conn->vport;
     th->dest = conn->cport;
     window = ((uint32_t)ntohs(th->window) << conn->wscale_rs) >> conn->wscale_vs;
@@ -274,43 +274,26 @@ static int tcp_fnat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_con
 
 /* Sessions. */
 
-/*
- * DPVS takes any acknowledgement without a session for the last step of a SYN proxy's handshake, whether the service has
- * one or not, and resets it when the cookie in it is wrong (ip_vs_synproxy.c). Without a SYN proxy no cookie is right. The
- * reset is the segment itself, without its data, sent back the way it came.
- */
-static int reset_ack(int af, struct rte_mbuf *mbuf)
+int tcp_send_back(int af, struct rte_mbuf *mbuf, struct tcphdr *th, uint32_t cut)
 {
-    struct tcphdr *th = tcp_header(af, mbuf);
     struct rte_ether_hdr *eth;
     struct rte_ether_addr mac;
-    uint32_t payload, acked;
     uint8_t *from, *to, address[16];
     size_t length = af == AF_INET ? 4 : 16;
     uint16_t port;
 
-    if (!th || mbuf->l2_len != sizeof(*eth))
+    if (mbuf->l2_len != sizeof(*eth) || rte_pktmbuf_trim(mbuf, (uint16_t)cut) != 0)
         return INET_DROP;
-    payload = mbuf->pkt_len - (uint32_t)ip_hdrlen(af, mbuf) - th->doff * 4u;
-    if (rte_pktmbuf_trim(mbuf, (uint16_t)payload) != 0)
-        return INET_DROP;
-
     port = th->source;
     th->source = th->dest;
     th->dest = port;
-    acked = th->ack_seq;
-    th->ack_seq = moved(th->seq, payload);
-    th->seq = acked;
-    th->psh = 0;
-    th->rst = 1;
-    th->window = 0;
 
     from = af == AF_INET ? (uint8_t *)&ip4_hdr(mbuf)->src_addr : (uint8_t *)&ip6_hdr(mbuf)->src_addr;
     to = af == AF_INET ? (uint8_t *)&ip4_hdr(mbuf)->dst_addr : (uint8_t *)&ip6_hdr(mbuf)->dst_addr;
     memcpy(address, from, length);
     memcpy(from, to, length);
     memcpy(to, address, length);
-    grow(af, mbuf, -(int)payload);
+    grow(af, mbuf, -(int)cut);
     tcp_checksum(af, mbuf, th);
     if (af == AF_INET) {
         ip4_hdr(mbuf)->type_of_service = 0;
@@ -326,9 +309,31 @@ static int reset_ack(int af, struct rte_mbuf *mbuf)
     mac = eth->src_addr;
     eth->src_addr = eth->dst_addr;
     eth->dst_addr = mac;
-    this_stats->bad_acks++;
     net_xmit(mbuf);
     return INET_STOLEN;
+}
+
+/*
+ * DPVS takes any acknowledgement without a session for the last step of a SYN proxy's handshake, whether the service has
+ * one or not, and resets it when the cookie in it is wrong (ip_vs_synproxy.c). Without a SYN proxy no cookie is right. The
+ * reset is the segment itself, without its data, sent back the way it came.
+ */
+static int reset_ack(int af, struct rte_mbuf *mbuf)
+{
+    struct tcphdr *th = tcp_header(af, mbuf);
+    uint32_t payload, acked;
+
+    if (!th)
+        return INET_DROP;
+    payload = mbuf->pkt_len - (uint32_t)ip_hdrlen(af, mbuf) - th->doff * 4u;
+    acked = th->ack_seq;
+    th->ack_seq = moved(th->seq, payload);
+    th->seq = acked;
+    th->psh = 0;
+    th->rst = 1;
+    th->window = 0;
+    this_stats->bad_acks++;
+    return tcp_send_back(af, mbuf, th, payload);
 }
 
 static int tcp_conn_sched(struct dp_vs_proto *proto __rte_unused, const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf,
@@ -342,6 +347,8 @@ static int tcp_conn_sched(struct dp_vs_proto *proto __rte_unused, const struct d
         return EDPVS_INVPKT;
     *verdict = INET_ACCEPT;
     svc = dp_vs_service_lookup(iph->af, iph->proto, &iph->daddr, th->dest, 0, mbuf, NULL, (lcoreid_t)rte_lcore_id());
+    if (svc && svc->flags & DP_VS_SVC_F_SYNPROXY && synproxy_step(svc, iph, mbuf, verdict))
+        return EDPVS_PKTSTOLEN;
     if (svc && th->ack && !th->syn && !th->fin && !th->rst) {
         *verdict = reset_ack(iph->af, mbuf);
         return EDPVS_PKTSTOLEN;
@@ -423,6 +430,28 @@ static bool put_ip_header(int af, struct rte_mbuf *mbuf, const union inet_addr *
     return true;
 }
 
+struct rte_mbuf *tcp_make(const struct dp_vs_conn *conn, int dir, struct tcphdr **header)
+{
+    bool inbound = dir == DPVS_CONN_DIR_INBOUND;
+    struct rte_mbuf *mbuf = twin_port->mbuf_pool ? rte_pktmbuf_alloc(twin_port->mbuf_pool) : NULL;
+    struct tcphdr *th;
+
+    if (!mbuf)
+        return NULL;
+    mbuf->l2_len = 0; /* no Ethernet header to learn addresses from */
+    th = *header = (struct tcphdr *)rte_pktmbuf_append(mbuf, sizeof(*th));
+    if (!th || !put_ip_header(inbound ? tuplehash_in(conn).af : tuplehash_out(conn).af, mbuf,
+                              inbound ? &conn->caddr : &conn->daddr, inbound ? &conn->vaddr : &conn->laddr)) {
+        rte_pktmbuf_free(mbuf);
+        return NULL;
+    }
+    memset(th, 0, sizeof(*th));
+    th->source = inbound ? conn->cport : conn->dport;
+    th->dest = inbound ? conn->vport : conn->lport;
+    th->doff = sizeof(*th) / 4;
+    return mbuf;
+}
+
 /* Resets are packets as the other side would have sent them, put through the session's own translation. */
 static int send_reset(struct dp_vs_proto *proto, struct dp_vs_conn *conn, int dir)
 {
@@ -432,30 +461,15 @@ static int send_reset(struct dp_vs_proto *proto, struct dp_vs_conn *conn, int di
 
     if (conn->state != DPVS_TCP_S_ESTABLISHED || !twin_port->mbuf_pool)
         return EDPVS_OK;
-    mbuf = rte_pktmbuf_alloc(twin_port->mbuf_pool);
+    mbuf = tcp_make(conn, dir, &th);
     if (!mbuf)
         return EDPVS_NOMEM;
-    mbuf->l2_len = 0; /* no Ethernet header to learn addresses from */
-    th = (struct tcphdr *)rte_pktmbuf_append(mbuf, sizeof(*th));
-    if (!th) {
-        rte_pktmbuf_free(mbuf);
-        return EDPVS_NOROOM;
-    }
-    memset(th, 0, sizeof(*th));
-    th->source = inbound ? conn->cport : conn->dport;
-    th->dest = inbound ? conn->vport : conn->lport;
     th->seq = conn->rs_end_seq;
     if (inbound) {
         bool fnat = conn->dest->fwdmode == DPVS_FWD_MODE_FNAT;
         th->seq = moved(conn->rs_end_ack, fnat ? -conn->fnat_seq.delta : 0);
     }
-    th->doff = sizeof(*th) / 4;
     th->rst = 1;
-    if (!put_ip_header(inbound ? tuplehash_in(conn).af : tuplehash_out(conn).af, mbuf,
-                       inbound ? &conn->caddr : &conn->daddr, inbound ? &conn->vaddr : &conn->laddr)) {
-        rte_pktmbuf_free(mbuf);
-        return EDPVS_NOROOM;
-    }
     this_stats->resets++;
     return inbound ? conn->packet_xmit(proto, conn, mbuf) : conn->packet_out_xmit(proto, conn, mbuf);
 }

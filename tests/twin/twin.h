@@ -207,6 +207,19 @@ int dp_vs_in(int af, struct rte_mbuf *mbuf);
 struct dp_vs_conn *dp_vs_schedule(struct dp_vs_service *svc, const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf,
                                   bool is_synproxy_on);
 void tcp_mark_established(struct dp_vs_conn *conn);
+struct tcphdr *tcp_header(int af, const struct rte_mbuf *mbuf);
+void tcp_save_server(struct dp_vs_conn *conn, const struct rte_mbuf *mbuf, const struct tcphdr *th);
+/* The segment itself, less `cut` bytes at its end, goes back the way it came; a verdict. */
+int tcp_send_back(int af, struct rte_mbuf *mbuf, struct tcphdr *th, uint32_t cut);
+/* A segment without data or flags, as that side would send it; NULL without a buffer. */
+struct rte_mbuf *tcp_make(const struct dp_vs_conn *conn, int dir, struct tcphdr **header);
+
+/* synproxy.c */
+/* A segment without a session for a service with a SYN proxy: false, and untouched, if it is nothing to that. */
+bool synproxy_step(struct dp_vs_service *svc, const struct dp_vs_iphdr *iph, struct rte_mbuf *mbuf, int *verdict);
+/* A segment of a session whose real server has not answered yet; a verdict. */
+int synproxy_wait(struct dp_vs_conn *conn, struct rte_mbuf *mbuf, int dir);
+
 extern char twin_quiet; /* conn->prot_data == &twin_quiet: a synthetic session, which ends without resets */
 
 /* sched.c, service.c */

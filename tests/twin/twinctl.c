@@ -31,6 +31,7 @@ enum op {
     LADDR_DEL,
     TIMEOUT,
     PERSIST,
+    SYNPROXY,
     SYNTHESIZE,
     FLUSH,
     SEED,
@@ -86,6 +87,9 @@ static int on_service(const struct command *c)
     case PERSIST:
         svc->timeout = c->number;
         svc->flags = c->number ? svc->flags | DP_VS_SVC_F_PERSISTENT : svc->flags & ~(unsigned)DP_VS_SVC_F_PERSISTENT;
+        return EDPVS_OK;
+    case SYNPROXY:
+        svc->flags = c->number ? svc->flags | DP_VS_SVC_F_SYNPROXY : svc->flags & ~(unsigned)DP_VS_SVC_F_SYNPROXY;
         return EDPVS_OK;
     default: /* TIMEOUT */
         svc->conn_timeout = c->number;
@@ -334,7 +338,7 @@ static bool parse_pair(char **words, int n, struct command *c)
         {"addr", "add", ADDR_ADD, 3},       {"addr", "del", ADDR_DEL, 3},   {"service", "add", SERVICE_ADD, 4},
         {"service", "del", SERVICE_DEL, 4}, {"dest", "add", DEST_ADD, 6},   {"dest", "edit", DEST_EDIT, 6},
         {"dest", "del", DEST_DEL, 5},       {"laddr", "add", LADDR_ADD, 5}, {"laddr", "del", LADDR_DEL, 5},
-        {"service", "timeout", TIMEOUT, 5}, {"service", "persist", PERSIST, 5},
+        {"service", "timeout", TIMEOUT, 5}, {"service", "persist", PERSIST, 5}, {"service", "synproxy", SYNPROXY, 5},
     };
     size_t i = 0;
 
@@ -357,6 +361,9 @@ static bool parse_pair(char **words, int n, struct command *c)
     case SERVICE_ADD:
         snprintf(c->sched, sizeof(c->sched), "%s", value_of("sched", words, n, "rr"));
         return true;
+    case SYNPROXY:
+        c->number = !strcmp(words[4], "on");
+        return c->number || !strcmp(words[4], "off");
     case TIMEOUT:
     case PERSIST:
         c->number = (uint32_t)strtoul(words[4], NULL, 10);
