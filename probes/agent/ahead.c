@@ -49,7 +49,8 @@ void ahead_learn(struct ahead *a, void *conn, const struct agent_record *r)
 }
 
 /* One session of the client's chain: `number` as it stands there. If it is the record's, what of it will be needed;
- * else the next one. Those before it have been looked at, and are at hand. */
+ * else the next one. Those before it have been looked at, and are at hand. A node of the other direction is taken for
+ * one that begins a node later: what is read is inside the same session then, and a wrong guess costs a cache line. */
 static void go_down(const struct list_head *head, const struct agent_record *r, unsigned number)
 {
 	const struct list_head *node = head->next;
