@@ -72,8 +72,8 @@ SELDOM: tuple[Name, ...] = (
     *((SESSION, member) for member in ("fnat_seq", "rs_end_seq", "rs_end_ack")),
     *(("dp_vs_seq", member) for member in ("isn", "delta", "fdata_seq")),
 )
-# What the agent only finds cache lines by that it will need. It proves them itself, on the sessions that it has made, and
-# until then reads nothing by them but these sessions (agent/ahead.c): a standby that has none yet need not wait.
+# What the agent only finds cache lines by that it will need. It proves them itself, on the sessions that it has made,
+# and until then reads nothing by them but these sessions (agent/ahead.c): a standby that has none yet need not wait.
 AHEAD: tuple[Name, ...] = ((SESSION, "tuplehash"), ("conn_tuple_hash", None))
 INJECTED: tuple[Name, ...] = tuple(n for n in abi.fields() if n not in OPTIONAL and n not in AHEAD)
 # Structs that arguments of DPVS's functions point to, or lead to.
