@@ -48,6 +48,7 @@ from replicator.keyfiles import KeysMissing
 from replicator.keys import KEYS_DIRECTORY
 from replicator.link import LinkSettings, Receiver, Sender
 from replicator.links import Links, Outbound, reach_any
+from replicator.membership import Membership
 from replicator.node import Node, Parts
 from replicator.ownership import Ownership
 from replicator.placement import POINTS
@@ -324,12 +325,13 @@ class Attachment:
 
         outbound = [outbound_to(dialer) for dialer in dialers]
         sharing: Sharing | None = None
-        if options.replicas and (options.peers_from or options.replicas < len(outbound)):
+        if options.replicas:
             sharing = Sharing(table, outbound, options.replicas, away_ns=options.away_ns, points=options.hash_points)
-        discovery: Discovery | None = None
+        given = [dialer.address for dialer in dialers]
         if options.peers_from:
-            given = [dialer.address for dialer in dialers]
             discovery = Discovery.of(options.peers_from, given, myself(name, options, listener))
+        else:  # the configuration file may give others while we run
+            discovery = Discovery(Membership(given), {})
         links = Links(
             outbound,
             replicas,
@@ -342,7 +344,7 @@ class Attachment:
         )
         if listener is not None:
             log.info("listening for peers on %s", listener.address)
-        elif not dialers and discovery is None:
+        elif not dialers and not options.peers_from:
             log.info("neither --peer nor --listen: sessions are only watched")
         activity = Activity(packets, table, links.replicas, control.services, ask=links.want) if packets else None
         parts = Parts(
@@ -372,7 +374,7 @@ class Attachment:
             },
             more=lambda: {
                 **_more(probes, governed, client),
-                **({"membership": discovery.report()} if discovery is not None else {}),
+                **({"membership": discovery.report()} if options.peers_from else {}),
             },
             settings=lambda: self._options.source.rows() if self._options.source else [],
         )
@@ -398,11 +400,23 @@ def apply_live(parts: Parts, before: Options, after: Options) -> None:
             sender.use(after.link)
     if after.filters != before.filters:
         use_filters(parts, after.filters)
+    if after.peers != before.peers:
+        use_peers(parts.links, before, after)
     if after.probe_budget != before.probe_budget:
         if parts.governed is not None:
             parts.governed.use_budget(after.probe_budget)
         else:
             log.warning("there are no probes until the next start, whatever their budget")
+
+
+def use_peers(links: Links, before: Options, after: Options) -> None:
+    """Other peers than before; whoever stays does not notice."""
+    if after.mode is Mode.SHM:
+        log.warning("the peers of --mode shm need a restart")
+    elif not (before.peers or before.peers_from or before.listen is not None):  # nor were any keys asked for
+        log.warning("there were neither peers nor --listen at the start: peers need a restart")
+    else:
+        links.give(map(str, after.peers))
 
 
 class Proving:

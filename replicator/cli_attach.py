@@ -44,7 +44,9 @@ STATES = tuple(dict.fromkeys(TCP_STATES + UDP_STATES))
     "--enable/--no-enable", default=True, show_default=True,
     help="no: neither peers nor listen are used, sessions are only watched.",
 )  # fmt: skip
-@click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", help="Send our sessions there; may be repeated.")
+@click.option(
+    "--peer", "peers", cls=Live, multiple=True, metavar="HOST:PORT", help="Send our sessions there; may be repeated."
+)
 @click.option(
     "--peers-from", "peers_from", multiple=True, metavar="URL",
     help="More peers, as they come and go: etcd://HOST:2379[,HOST:2379...]/PREFIX, where this node registers itself"

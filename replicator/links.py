@@ -464,6 +464,12 @@ class Links:
         await asyncio.gather(task, return_exceptions=True)
         self._forget(address)
 
+    def give(self, addresses: Iterable[str]) -> None:
+        """These are the peers that are given by hand, from now on; ``run`` makes and ends links."""
+        if self._discovery is None:
+            raise ValueError("no peers can join here")
+        self._discovery.membership.give(addresses)
+
     def is_up(self, address: str) -> bool:
         """Whether the peer at this address is there."""
         now = self._clock()

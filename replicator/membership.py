@@ -2,7 +2,8 @@
 """Who our peers are, when lists of them come from elsewhere and change: what joins, what leaves, and when.
 
 Rules
-- A peer that was given by hand stays, whatever any list says.
+- A peer that was given by hand stays, whatever any list says. Who is given anew joins at once; who is given no
+  more, and is not listed, leaves at once: that was meant.
 - A source tells whole lists. One that fails has told nothing: its last list counts, however old it is.
 - Who is listed for half a second joins; entries that come and go faster than that change nothing.
 - Who is listed nowhere any more leaves, but only when its link has been down for five seconds since: a list that is
@@ -42,9 +43,10 @@ class Membership:
     def __init__(
         self, given: Iterable[str], sources: Iterable[str] = (), *, settle_ns: int = SETTLE_NS, leave_ns: int = LEAVE_NS
     ) -> None:
-        """``given``: addresses that are peers already and for ever; ``sources``: names of who tells lists."""
+        """``given``: addresses that are peers already, until ``give``; ``sources``: names of who tells lists."""
         self._given = frozenset(given)
         self.members = set(self._given)
+        self._revoked: frozenset[str] = frozenset()  # given no more, and not yet decided
         self._sources = {name: _Source() for name in sources}
         self._settle_ns, self._leave_ns = settle_ns, leave_ns
         self._listed_ns: dict[str, int] = {}  # not a member yet: listed since
@@ -71,17 +73,26 @@ class Membership:
         entry.failures += 1
         return news
 
+    def give(self, given: Iterable[str]) -> None:
+        """These are the peers that are given by hand from now on."""
+        fresh = frozenset(given)
+        self._revoked = (self._revoked | self._given) - fresh
+        self._given = fresh
+
     def decide(self, now_ns: int, is_up: Callable[[str], bool]) -> Change:
         """What joins and leaves now; it counts as done. ``is_up``: whether the link to a member works."""
         listed = self._listed()
-        joins = []
+        joins = sorted(self._given - self.members)[: max(0, MAX_PEERS - len(self.members))]
+        self.members.update(joins)
         self._listed_ns = {address: self._listed_ns.get(address, now_ns) for address in sorted(listed - self.members)}
         for address, since_ns in list(self._listed_ns.items()):
             if now_ns - since_ns >= self._settle_ns and len(self.members) < MAX_PEERS:
                 joins.append(address)
                 self.members.add(address)
                 del self._listed_ns[address]
-        leaves = []
+        leaves = sorted((self._revoked & self.members) - listed)
+        self._revoked = frozenset()
+        self.members.difference_update(leaves)
         missing = self.members - listed - self._given
         self._missing_ns = {
             address: self._missing_ns.get(address, now_ns) for address in sorted(missing) if not is_up(address)
@@ -91,7 +102,8 @@ class Membership:
                 leaves.append(address)
                 self.members.discard(address)
                 del self._missing_ns[address]
-                del self._last_of[address]
+        for address in leaves:
+            self._last_of.pop(address, None)
         for address in self.members & listed:
             self._last_of[address] = self._where(address)
         self.joined += len(joins)

@@ -3,26 +3,27 @@
 
 Rules: everything that can refuse comes before the process is touched. The shared object goes in as a private copy with
 its configuration written into it, through DPDK's control thread while that thread sleeps in ``epoll_wait``: the one
-thread of the process that is never in the middle of anything. What then happens in the process is agent.c's business,
-on the master lcore; here we only wait for the door to open and read what it says.
+thread of the process that is never in the middle of anything. A process of its own does that (``borrow``). What then
+happens in the process is agent.c's business, on the master lcore; here we only wait for the door to open and read what
+it says.
 """
 
 import os
+import re
 import secrets
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pyinjector import PyInjectorError
-from pyinjector import attach as hijack
 
 from probes.agent import abi
+from probes.agent.borrow import Borrower, NotBorrowed
 from probes.agent.client import NAME_PART, AgentClient, AgentError, Door, visible_pid
 from probes.control import ControlSocket
 from probes.layout import Layout
@@ -37,6 +38,8 @@ MSG_TYPE_WORK, MSG_TYPE_DONE = 0x44505052, 0x44505053  # free in every release: 
 # epoll_wait, epoll_pwait, poll, ppoll, epoll_pwait2 on x86-64: a thread in one of these waits for the world.
 WAITING_SYSCALLS = {232, 281, 7, 271, 441}
 DIRECTORIES = ("run", "tmp", "var/tmp", "dev/shm")
+PLACED = re.compile(re.escape(NAME_PART) + r"[0-9a-f]{16}-\w{8}\.so")
+LEFT_S = 300.0  # nothing is being loaded for so long
 
 
 class AgentNotLoaded(AgentError):
@@ -121,8 +124,8 @@ def prepare(layout: Layout, path: Path) -> None:
 
 
 @contextmanager
-def placed(target: Target, content: bytes, token: int) -> Iterator[str]:
-    """The shared object in a place where the process can open it; yields the path as the process sees it.
+def placed(target: Target, content: bytes, token: int) -> Iterator[tuple[str, Path]]:
+    """The shared object in a place where the process can open it; yields the path as the process sees it, and as we do.
 
     Removed again at the end: a mapped file needs no name. Directories that are mounted noexec will not do.
     """
@@ -132,6 +135,7 @@ def placed(target: Target, content: bytes, token: int) -> Iterator[str]:
         try:
             if os.statvfs(folder).f_flag & os.ST_NOEXEC:
                 continue
+            sweep(folder)
             handle, name = tempfile.mkstemp(prefix=f"{NAME_PART}{token:016x}-", suffix=".so", dir=folder)
         except OSError:
             continue
@@ -139,14 +143,23 @@ def placed(target: Target, content: bytes, token: int) -> Iterator[str]:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 os.fchmod(file.fileno(), 0o500)
-            yield "/" + str(Path(name).relative_to(root))
+            yield "/" + str(Path(name).relative_to(root)), Path(name)
         finally:
-            os.unlink(name)
+            Path(name).unlink(missing_ok=True)  # whoever loaded it has done so
         return
     raise AgentNotLoaded(
         f"found no directory where process {target.pid} could load a library from",
         help_text="Make one of " + ", ".join("/" + d for d in DIRECTORIES) + " writable and not mounted noexec.",
     )
+
+
+def sweep(folder: Path) -> None:
+    """Remove what was placed by somebody who was killed before it could be loaded. Raises OSError."""
+    for path in folder.glob(f"{NAME_PART}*.so"):
+        if PLACED.fullmatch(path.name):
+            with suppress(FileNotFoundError):
+                if path.lstat().st_mtime < time.time() - LEFT_S:
+                    path.unlink()
 
 
 def wait_until_quiet(target: Target, tid: int, limit_s: float) -> None:
@@ -196,12 +209,12 @@ def bring_in(target: Target, layout: Layout, old: Door | None) -> Door:
     token = secrets.randbits(64) | 1
     content = configured(LIBRARY.read_bytes(), layout, token, old=old)
     tid = target.control_thread()
-    with placed(target, content, token) as path:
-        wait_until_quiet(target, tid, 2.0)
+    with placed(target, content, token) as (path, file):
         try:
-            with hijack(tid) as injector:
-                injector.inject(path.encode())
-        except PyInjectorError as error:
+            with Borrower(tid, path, file) as borrower:
+                wait_until_quiet(target, tid, 2.0)
+                borrower.load()
+        except NotBorrowed as error:
             raise AgentNotLoaded(f"process {target.pid} would not load the agent: {error}") from error
     return arrived(target, token, TIME_LIMIT_MS / 1000 + 1)
 

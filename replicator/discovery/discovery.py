@@ -85,7 +85,7 @@ class Discovery:
             log.info("peer %s joins (%s)", address, self.membership.source_of(address))
             peers.join(address)
         for address in change.leaves:
-            log.info("peer %s is listed nowhere any more and does not answer: it has left", address)
+            log.info("peer %s is listed nowhere any more: it has left", address)
             await peers.leave(address)
 
     def report(self) -> dict[str, Any]:

@@ -19,6 +19,13 @@ class LabError(RuntimeError):
     """The laboratory itself could not do what it was asked to."""
 
 
+def die_with_parent(parent: int) -> None:
+    """For a child that was just forked by ``parent``: it gets SIGKILL when that ends, or has ended."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def start_time(pid: int) -> int | None:
     """Start time of a process in clock ticks since boot: with the pid it names one process for ever."""
     try:
@@ -59,9 +66,7 @@ class Process:
         parent = os.getpid()
 
         def prepare() -> None:
-            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(1)
+            die_with_parent(parent)
             if enter:
                 enter()
 

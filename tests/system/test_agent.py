@@ -256,10 +256,10 @@ def test_there_before_dpvs_starts(pair: Pair, monkeypatch: pytest.MonkeyPatch, w
         assert subprocess.run(["true"], env={"LD_PRELOAD": str(library)}, check=False).returncode == 0
     pair.start("b")
 
-    def never(tid: int) -> None:
+    def never(tid: int, *_: object) -> None:
         raise AssertionError(f"thread {tid} was to be traced")
 
-    monkeypatch.setattr(loading, "hijack", never)
+    monkeypatch.setattr(loading, "Borrower", never)
     with Target.open(node.pid) as target:
         wait_for("the agent", lambda: (door := Door.find(target)) is not None and door.is_installed(), 10)
         door = Door.find(target)

@@ -89,26 +89,45 @@ def attach(pair: Pair, *arguments: str) -> Attached:
 
 def test_settings_that_change_under_sighup(pair: Pair, tmp_path: Path) -> None:
     file = tmp_path / "probe.conf"
-    file.write_text(f"[sync]\npid_file = {pair.a.pid_file}\nsync_interval = 20\n")
-    pair.b.probe("--listen", pair.sync_address("b"), "--no-inject")
-    probe = attach(pair, "--config", str(file), "--peer", pair.sync_address("b"))
+    to_b, to_nobody = pair.sync_address("b"), f"{pair.plan.sync('b')}:1"
+    file.write_text(f"[sync]\npid_file = {pair.a.pid_file}\npeers = {to_b}\nsync_interval = 20\n")
+    pair.b.probe("--listen", to_b, "--no-inject")
+    probe = attach(pair, "--config", str(file), "--keys", str(pair.run.keys("a")))
     steady = pair.steady(6)
     wait_for("sessions in b", lambda: copies(pair) == 6, 10)
     rows = {row["setting"]: row for row in probe.ask("config")}
-    assert (rows["sync_interval"]["value"], rows["sync_interval"]["from"]) == ("20", f"{file}:3")
-    assert rows["peers"]["from"] == "command line"
+    assert (rows["sync_interval"]["value"], rows["sync_interval"]["from"]) == ("20", f"{file}:4")
+    assert rows["keys"]["from"] == "command line"
     file.write_text("[sync]\nsync_intervall = 1\n")
     probe.process.signal(signal.SIGHUP)
     wait_for(
         "the mistake is said", lambda: f"{file}:2: there is no setting sync_intervall" in probe.process.tail(20), 5
     )
-    file.write_text(f"[sync]\npid_file = {pair.a.pid_file}\nfilter_services = 10.99.0.0/16\nring_pages = 64\n")
+    file.write_text(
+        f"[sync]\npid_file = {pair.a.pid_file}\npeers = {to_b}\nfilter_services = 10.99.0.0/16\nring_pages = 64\n"
+    )
     probe.process.signal(signal.SIGHUP)
     wait_for("nothing passes", lambda: copies(pair) == 0, 10)
     said = probe.process.tail(20)
     assert "filter_services is 10.99.0.0/16 now, it was not given" in said
     assert "ring_pages is 64 now, it was 2048; that needs a restart" in said
     assert probe.status()["held_back_by_filter"]["service"] == 6
+
+    def peers_are(*addresses: str) -> dict[str, dict[str, Any]]:
+        file.write_text(f"[sync]\npid_file = {pair.a.pid_file}\npeers = {' '.join(addresses)}\n")
+        probe.process.signal(signal.SIGHUP)
+        wait_for("the peers", lambda: {row["address"] for row in probe.peers()} == set(addresses), 10)
+        return {row["address"]: row for row in probe.peers()}
+
+    rows = peers_are(to_b, to_nobody)  # one joins: the other does not notice
+    wait_for("all pass again", lambda: copies(pair) == 6, 10)
+    assert (rows[to_b]["state"], rows[to_b]["connections"]) == ("live", 1)
+    assert rows[to_nobody]["state"] == "down"
+    rows = peers_are(to_nobody)
+    wait_for("b knows", lambda: "peer a is gone" in pair.b.attached[0].process.tail(20), 10)
+    rows = peers_are(to_b)
+    wait_for("b has them", lambda: probe.peers()[0]["state"] == "live" and copies(pair) == 6, 15)
+    assert probe.alive
     assert steady.finish()["alive"] == 6
 
 

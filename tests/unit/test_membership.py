@@ -149,3 +149,26 @@ def test_there_are_as_many_as_can_be_placed(play: Play) -> None:
     joins, leaves = play.decide(LEAVE)
     assert len(leaves) == 1
     assert len(play.decide(1)[0]) == 1  # there is room for one more
+
+
+def test_others_are_given(play: Play) -> None:
+    play.with_members("b:1")
+    play.membership.give(["g:2", "b:1"])
+    assert play.decide() == (["g:2"], ["g:1"]), "at once, whether their links work or not"
+    assert play.membership.members == {"g:2", "b:1"}
+    assert play.decide(LEAVE) == NOTHING
+    assert play.membership.source_of("b:1") == "given, etcd"
+    play.membership.give(["g:2"])
+    assert play.decide() == NOTHING, "b is listed all the same"
+    play.hear()
+    play.up.discard("b:1")
+    play.decide()
+    assert play.decide(LEAVE) == ([], ["b:1"])
+    play.membership.give([])
+    play.membership.give(["g:2"])
+    assert play.decide() == NOTHING, "what was taken back before anybody looked was never said"
+    play.membership.give([f"n:{number}" for number in range(MAX_PEERS + 3)])
+    joins, leaves = play.decide()
+    assert (len(joins), leaves) == (MAX_PEERS - 1, ["g:2"])
+    assert len(play.decide()[0]) == 1
+    assert len(play.membership.members) == MAX_PEERS

@@ -188,20 +188,24 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path) -> None:
 
 
 def test_reload_changes_what_can_change_alive_and_says_what_cannot(file: Path) -> None:
-    file.write_text("[sync]\nsync_interval = 20\npeers = h:1\n")
+    file.write_text("[sync]\nsync_interval = 20\npeers = h:1\nlisten = *:1\n")
     source = given(file, "--sync-batch-size", "5")
-    file.write_text("[sync]\nsync_interval = 30\npeers = h:1 h:2\nsync_batch_size = 6\nfilter_min_age = 2s\n")
+    file.write_text(
+        "[sync]\nsync_interval = 30\npeers = h:1 h:2\nlisten = *:2\nsync_batch_size = 6\nfilter_min_age = 2s\n"
+    )
     changes = {change.key: change for change in source.reload()}
-    assert set(changes) == {"sync_interval", "peers", "filter_min_age"}, "what the command line says stays"
+    assert set(changes) == {"sync_interval", "peers", "listen", "filter_min_age"}, "what the command line says stays"
     assert changes["sync_interval"] == ("sync_interval", "20", "30", True)
-    assert changes["peers"] == ("peers", "h:1", "h:1 h:2", False)
+    assert changes["peers"] == ("peers", "h:1", "h:1 h:2", True)
+    assert changes["listen"] == ("listen", "*:1", "*:2", False)
     options = source.options()
     assert options.link.batch_ns == 30_000_000
     assert options.filters.min_age_ns == 2_000_000_000
-    assert options.peers == (Address("h", 1),)
-    (peers,) = [row for row in source.rows() if row["setting"] == "peers"]
-    assert (peers["value"], peers["after_restart"]) == ("h:1", "h:1 h:2")
-    assert [change.key for change in source.reload()] == ["peers"]
+    assert options.peers == (Address("h", 1), Address("h", 2))
+    assert options.listen == Address("*", 1)
+    (listen,) = [row for row in source.rows() if row["setting"] == "listen"]
+    assert (listen["value"], listen["after_restart"]) == ("*:1", "*:2")
+    assert [change.key for change in source.reload()] == ["listen"]
     file.write_text("[sync]\nsync_interval = x\n")
     with pytest.raises(BadConfiguration):
         source.reload()
