@@ -50,7 +50,8 @@ STATES = tuple(dict.fromkeys(TCP_STATES + UDP_STATES))
 @click.option(
     "--peers-from", "peers_from", multiple=True, metavar="URL",
     help="More peers, as they come and go: etcd://HOST:2379[,HOST:2379...]/PREFIX, where this node registers itself"
-    " too, or dns+srv://_dpvs-probe._tcp.NAME. May be repeated.",
+    " too (etcd+tls:// with ?ca=FILE&cert=FILE&key=FILE&user=NAME&password_file=FILE), or"
+    " dns+srv://_dpvs-probe._tcp.NAME. May be repeated.",
 )  # fmt: skip
 @click.option(
     "--advertise", metavar="HOST:PORT",

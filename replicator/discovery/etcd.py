@@ -23,11 +23,13 @@ from replicator.transport.address import Address
 from replicator.transport.interface import Backoff
 
 from . import gateway
-from .gateway import Answered, after, decoded, encoded
+from .access import BadAccess
+from .gateway import Answered, Way, after, decoded, encoded
 from .source import MAX_LISTED, EtcdPlace, Myself, SourceFailed
 
 LEASE_S = 10
 REFRESH_S = 10.0
+UNAUTHENTICATED = 401  # a token that is none any more
 GATHER_S = 0.1  # changes that come together are read together
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class EtcdSource:
         self._place, self._me = place, me
         self._lease_s, self._refresh_s = lease_s, refresh_s
         self._lease: str | None = None
+        self._token: str | None = None
         self._turn = 0
         self._backoff = Backoff()
         self._said: set[str] = set()
@@ -54,6 +57,7 @@ class EtcdSource:
             except* (KeyError, ValueError, TypeError, AttributeError) as errors:
                 trouble(f"etcd answers what makes no sense: {_first(errors)}")
             self._turn += 1
+            self._token = None  # the next endpoint may not know it
             await asyncio.sleep(self._backoff.wait_s())
 
     async def close(self) -> None:
@@ -67,7 +71,29 @@ class EtcdSource:
         return self._place.endpoints[self._turn % len(self._place.endpoints)]
 
     async def _call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return await gateway.call(self._endpoint, path, body)
+        try:
+            return await gateway.call(self._endpoint, path, body, await self._way())
+        except Answered as error:
+            if error.status != UNAUTHENTICATED or self._token is None:
+                raise
+        self._token = None  # tokens end by themselves, and with the etcd that gave them
+        return await gateway.call(self._endpoint, path, body, await self._way())
+
+    async def _way(self) -> Way:
+        """How to get there; who has to log in does so first. Raises SourceFailed."""
+        access = self._place.access
+        try:
+            context = access.context()
+            if access.user is not None and self._token is None:
+                who = {"name": access.user, "password": access.password()}
+                answer = await gateway.call(self._endpoint, "/v3/auth/authenticate", who, Way(context))
+                token = answer.get("token")
+                if not isinstance(token, str) or not token.isprintable():
+                    raise SourceFailed("etcd gives no token")
+                self._token = token
+        except BadAccess as error:
+            raise SourceFailed(str(error)) from error
+        return Way(context, self._token)
 
     async def _serve(self, tell: Callable[[list[str]], None]) -> None:
         """Talk to one endpoint until something fails, which is raised in a group."""
@@ -168,7 +194,8 @@ class EtcdSource:
     async def _watch(self, revision: int, changed: asyncio.Event) -> None:
         prefix = self._place.prefix
         wanted = {"key": encoded(prefix), "range_end": encoded(after(prefix)), "start_revision": str(revision)}
-        async with gateway.watch(self._endpoint, "/v3/watch", {"create_request": wanted}) as said:
+        way = await self._way()
+        async with gateway.watch(self._endpoint, "/v3/watch", {"create_request": wanted}, way) as said:
             async for entry in said:
                 result = entry.get("result", {})
                 if result.get("canceled"):

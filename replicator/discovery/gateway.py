@@ -8,9 +8,10 @@ has one line at a time. What comes is bounded before it is kept. Numbers of 64 b
 import asyncio
 import base64
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from replicator.transport.address import Address, reason
 
@@ -18,6 +19,7 @@ from .source import SourceFailed
 
 ANSWER_S = 3.0
 MAX_BYTES = 1 << 20
+MAX_SAID = 200
 
 
 class Answered(SourceFailed):
@@ -26,6 +28,16 @@ class Answered(SourceFailed):
     def __init__(self, status: int, said: str) -> None:
         super().__init__(f"etcd answers {status}: {said}")
         self.status = status
+
+
+class Way(NamedTuple):
+    """How to get there."""
+
+    context: ssl.SSLContext | None = None  # None: not encrypted
+    token: str | None = None  # of who logged in
+
+
+PLAIN = Way()
 
 
 def encoded(text: str) -> str:
@@ -46,10 +58,10 @@ def after(prefix: str) -> str:
     return prefix[:-1] + chr(ord(prefix[-1]) + 1)
 
 
-async def call(endpoint: Address, path: str, body: dict[str, Any]) -> dict[str, Any]:
+async def call(endpoint: Address, path: str, body: dict[str, Any], way: Way = PLAIN) -> dict[str, Any]:
     """One request, one answer. Raises SourceFailed."""
     try:
-        async with asyncio.timeout(ANSWER_S), _request(endpoint, path, body) as lines:
+        async with asyncio.timeout(ANSWER_S), _request(endpoint, path, body, way) as lines:
             async for line in lines:
                 return line
     except TimeoutError:
@@ -58,22 +70,33 @@ async def call(endpoint: Address, path: str, body: dict[str, Any]) -> dict[str, 
 
 
 @asynccontextmanager
-async def watch(endpoint: Address, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+async def watch(
+    endpoint: Address, path: str, body: dict[str, Any], way: Way = PLAIN
+) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
     """An answer that goes on, object by object. Raises SourceFailed."""
-    async with _request(endpoint, path, body) as lines:
+    async with _request(endpoint, path, body, way) as lines:
         yield lines
 
 
 @asynccontextmanager
-async def _request(endpoint: Address, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+async def _request(
+    endpoint: Address, path: str, body: dict[str, Any], way: Way
+) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
     try:
         async with asyncio.timeout(ANSWER_S):
-            reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port, limit=MAX_BYTES)
+            reader, writer = await asyncio.open_connection(
+                endpoint.host, endpoint.port, limit=MAX_BYTES, ssl=way.context
+            )
+    except ssl.SSLError as error:
+        why = getattr(error, "verify_message", "") or error.reason or str(error)
+        raise SourceFailed(f"etcd at {endpoint}: no TLS with it: {why}") from error
     except (OSError, TimeoutError, UnicodeError) as error:
         raise SourceFailed(f"etcd at {endpoint}: {reason(error)}") from error
     try:
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: {endpoint}\r\nContent-Type: application/json\r\n"
+        if way.token is not None:
+            head += f"Authorization: {way.token}\r\n"
         writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
         async with asyncio.timeout(ANSWER_S):
             await writer.drain()
@@ -121,7 +144,13 @@ async def _objects(status: int, chunks: AsyncIterator[bytes]) -> AsyncIterator[d
         if len(rest) > MAX_BYTES:
             raise ValueError("a line without an end")
         for line in filter(None, lines):
-            said = json.loads(line)
+            try:
+                said = json.loads(line)
+            except ValueError:
+                if status == 200:
+                    raise
+                words = line[:MAX_SAID].decode(errors="replace")  # some refusals are plain text
+                raise Answered(status, "".join(c if c.isprintable() else " " for c in words)) from None
             if not isinstance(said, dict):
                 raise ValueError("an answer that is no object")
             error = said.get("error")

@@ -14,7 +14,10 @@ from probes.errors import DpvsProbeError
 from replicator.transport import address
 from replicator.transport.address import Address
 
-EXAMPLES = "Write etcd://HOST:2379/PREFIX, or dns+srv://_dpvs-probe._tcp.NAME."
+from .access import Access
+from .access import parse as parse_access
+
+EXAMPLES = "Write etcd://HOST:2379/PREFIX, etcd+tls://HOST:2379/PREFIX?ca=FILE, or dns+srv://_dpvs-probe._tcp.NAME."
 MAX_LISTED = 256
 
 
@@ -35,6 +38,7 @@ class EtcdPlace(NamedTuple):
 
     endpoints: tuple[Address, ...]
     prefix: str
+    access: Access = Access()
 
 
 class SrvPlace(NamedTuple):
@@ -63,15 +67,17 @@ class Source(Protocol):
 
 
 def parse(text: str) -> Place:
-    """The source that ``text`` names; raises BadSource or BadAddress."""
+    """The source that ``text`` names; raises BadSource, BadAccess or BadAddress."""
     scheme, colon, rest = text.strip().partition("://")
     if not colon:
         raise BadSource(f"'{text}' has no scheme")
     where, _, path = rest.partition("/")
-    if scheme == "etcd":
+    if scheme in ("etcd", "etcd+tls"):
+        path, _, query = path.partition("?")
         if not where or not path.strip("/") or not path.isprintable():
             raise BadSource(f"'{text}' needs an endpoint and a prefix")
-        return EtcdPlace(tuple(address.parse(each) for each in where.split(",")), f"/{path.strip('/')}/")
+        access = parse_access(query, tls=scheme == "etcd+tls")
+        return EtcdPlace(tuple(address.parse(each) for each in where.split(",")), f"/{path.strip('/')}/", access)
     if scheme == "dns+srv":
         server, name = (address.parse(where), path) if path else (None, where)
         if not re.fullmatch(r"_[a-z0-9-]+\._(tcp|udp)(\.[a-z0-9_-]{1,63})+\.?", name, re.IGNORECASE) or len(name) > 253:

@@ -60,7 +60,11 @@ class _Server:
 
 
 class Etcd(_Server):
-    """An etcd of one member."""
+    """An etcd of one member; with ``files`` (authority, certificate, key) by TLS, for those who have one too."""
+
+    def __init__(self, directory: Path, host: str = LOCALHOST, *, files: tuple[Path, Path, Path] | None = None) -> None:
+        super().__init__(directory, host)
+        self._files = files
 
     def __enter__(self) -> "Etcd":
         self.start()
@@ -68,10 +72,13 @@ class Etcd(_Server):
 
     def start(self) -> None:
         """With what it had when it was killed."""
-        here = f"http://{self.host}:{self.port}"
+        here = f"http{'s' if self._files else ''}://{self.host}:{self.port}"
+        names = ("--trusted-ca-file", "--cert-file", "--key-file")
+        tls = [f"{name}={file}" for name, file in zip(names, self._files or (), strict=False)]
+        tls += ["--client-cert-auth"] if tls else []
         self._run([
             str(ETCD), "--data-dir", str(self.directory / "data"), "--listen-client-urls", here,
-            "--advertise-client-urls", here, "--listen-peer-urls", f"http://{self.host}:0", "--unsafe-no-fsync",
+            "--advertise-client-urls", here, "--listen-peer-urls", f"http://{self.host}:0", "--unsafe-no-fsync", *tls,
         ])  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def test_settings_that_change_under_sighup(pair: Pair, tmp_path: Path) -> None:
 
     rows = peers_are(to_b, to_nobody)  # one joins: the other does not notice
     wait_for("all pass again", lambda: copies(pair) == 6, 10)
-    assert (rows[to_b]["state"], rows[to_b]["connections"]) == ("live", 1)
+    assert (rows[to_b]["state"], rows[to_b]["link"]["connections"]) == ("live", 1)
     assert rows[to_nobody]["state"] == "down"
     rows = peers_are(to_nobody)
     wait_for("b knows", lambda: "peer a is gone" in pair.b.attached[0].process.tail(20), 10)

@@ -6,11 +6,13 @@ import json
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from replicator.discovery import gateway
+from replicator.discovery.access import Access, BadAccess
 from replicator.discovery.etcd import EtcdSource
 from replicator.discovery.source import BadSource, EtcdPlace, Myself, SourceFailed, SrvPlace, name_of, parse
 from replicator.transport.address import Address, BadAddress
@@ -158,3 +160,39 @@ def test_mutated_answers_are_failures_and_nothing_worse() -> None:
 
     asyncio.run(asyncio.wait_for(all_of_them(), 30))
     assert failed > 20
+
+
+def test_how_an_etcd_is_spoken_to(tmp_path: Path) -> None:
+    place = parse("etcd+tls://e:2379/lb?ca=/c.pem&cert=/me.pem&key=/me.key&user=lb&password_file=/p")
+    assert place == EtcdPlace((Address("e", 2379),), "/lb/", Access(True, "/c.pem", "/me.pem", "/me.key", "lb", "/p"))
+    assert parse("etcd+tls://e:2379/lb") == EtcdPlace((Address("e", 2379),), "/lb/", Access(tls=True))
+    assert name_of(place) == "etcd /lb/"
+    for query, why in (
+        ("user=lb", "belong together"), ("password_file=/p", "belong together"), ("key=/k", "key without cert"),
+        ("pass=x", "there is no 'pass'"), ("ca", "is not KEY=VALUE"), ("ca=", "with a value"),
+        ("ca=/a&ca=/b", "each once"),
+    ):  # fmt: skip
+        with pytest.raises(BadAccess, match=why):
+            parse(f"etcd+tls://e:2379/lb?{query}")
+    with pytest.raises(BadAccess, match="without TLS"):
+        parse("etcd://e:2379/lb?user=lb&password_file=/p")
+
+
+def test_a_password_is_in_a_file_of_its_owner_alone(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    access = Access(True, user="lb", password_file=str(file))
+    with pytest.raises(BadAccess, match="No such file"):
+        access.password()
+    file.write_text("s3cret\n")
+    file.chmod(0o640)
+    with pytest.raises(BadAccess, match="open to others"):
+        access.password()
+    file.chmod(0o600)
+    assert access.password() == "s3cret"
+    for text in ("", "\n", "x" * 2000):
+        file.write_text(text)
+        with pytest.raises(BadAccess, match="has no password"):
+            access.password()
+    with pytest.raises(BadAccess, match=r"certificates for etcd \(/no/ca.pem\)"):
+        Access(True, ca="/no/ca.pem").context()
+    assert Access().context() is None
