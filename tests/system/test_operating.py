@@ -113,20 +113,26 @@ def test_settings_that_change_under_sighup(pair: Pair, tmp_path: Path) -> None:
     assert "ring_pages is 64 now, it was 2048; that needs a restart" in said
     assert probe.status()["held_back_by_filter"]["service"] == 6
 
-    def peers_are(*addresses: str) -> dict[str, dict[str, Any]]:
+    def peers_are(*addresses: str) -> None:
         file.write_text(f"[sync]\npid_file = {pair.a.pid_file}\npeers = {' '.join(addresses)}\n")
         probe.process.signal(signal.SIGHUP)
         wait_for("the peers", lambda: {row["address"] for row in probe.peers()} == set(addresses), 10)
-        return {row["address"]: row for row in probe.peers()}
 
-    rows = peers_are(to_b, to_nobody)  # one joins: the other does not notice
+    def heard() -> bool:
+        """Whether b hears from a."""
+        return any(row["direction"] == "from" and row["state"] == "live" for row in pair.b.attached[0].peers())
+
+    peers_are(to_b, to_nobody)  # one joins: the other does not notice
     wait_for("all pass again", lambda: copies(pair) == 6, 10)
+    wait_for("live", lambda: any(row["state"] == "live" for row in probe.peers()), 10)
+    rows = {row["address"]: row for row in probe.peers()}
+    assert heard()
     assert (rows[to_b]["state"], rows[to_b]["link"]["connections"]) == ("live", 1)
     assert rows[to_nobody]["state"] == "down"
-    rows = peers_are(to_nobody)
-    wait_for("b knows", lambda: "peer a is gone" in pair.b.attached[0].process.tail(20), 10)
-    rows = peers_are(to_b)
-    wait_for("b has them", lambda: probe.peers()[0]["state"] == "live" and copies(pair) == 6, 15)
+    peers_are(to_nobody)
+    wait_for("b hears nothing", lambda: not heard(), 10)
+    peers_are(to_b)
+    wait_for("b has them", lambda: heard() and copies(pair) == 6, 15)
     assert probe.alive
     assert steady.finish()["alive"] == 6
 
