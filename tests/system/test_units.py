@@ -13,6 +13,7 @@ import pytest
 from replicator.cli_attach import attach, conflicts
 from replicator.settings import Configuration, settings_of
 from tests.available import ROOT
+from tests.lab.manager import Manager
 from tests.lab.node import COMMAND
 from tests.lab.pair import Pair
 from tests.lab.process import wait_for
@@ -82,3 +83,34 @@ def test_what_it_leaves_is_enough(pair: Pair, monkeypatch: pytest.MonkeyPatch, t
     assert probe.status()["events"]["created"] >= 5
     assert steady.finish()["alive"] == 5
     assert probe.stop() == 0
+
+
+def test_a_running_systemd_starts_reloads_and_watches_it(tmp_path: Path) -> None:
+    """Notification, reload, watchdog and restart by systemd itself. There is no DPVS: the service waits for one."""
+    configuration = tmp_path / "probe.conf"
+    configuration.write_text(f"[sync]\npid_file = {tmp_path}/dpvs.pid\n")
+    manager = Manager(tmp_path / "manager")
+    kept = ("Type", "NotifyAccess", "ExecReload", "Restart", "RestartSec", "KillMode", "TimeoutStartSec")
+    lines = [f"{name}={value}" for name in kept for value in settings(name)]
+    command = f"{COMMAND} attach --config {configuration} --run-dir {tmp_path}/run"
+    lines += [f"ExecStart={command}", "WatchdogSec=4"]
+    check = f"{COMMAND} config check {configuration}"
+    unit = "\n".join(["[Service]", *lines, ""]).replace("/usr/bin/dpvs-probe config check", check)
+    (manager.units / UNIT.name).write_text(unit)
+    with manager:
+        assert manager.ctl("start", UNIT.name) == (0, "")  # returns when it has said that it is up
+        assert manager.show(UNIT.name, "ActiveState") == "active"
+        assert manager.show(UNIT.name, "StatusText").startswith("waiting for a DPVS")
+        first = manager.show(UNIT.name, "MainPID")
+        configuration.write_text(f"[sync]\npid_file = {tmp_path}/dpvs.pid\nsync_interval = 30\n")
+        assert manager.ctl("reload", UNIT.name) == (0, "")
+        said = manager.directory / "systemd.log"
+        wait_for("what was reloaded", lambda: manager.show(UNIT.name, "ActiveState") == "active", 10)
+        assert manager.show(UNIT.name, "MainPID") == first
+        # It hangs: the watchdog ends it, and another is started.
+        assert manager.ctl("kill", "--signal=STOP", UNIT.name) == (0, "")
+        wait_for("another one", lambda: manager.show(UNIT.name, "NRestarts") == "1", 40, 0.2)
+        wait_for("it is up", lambda: manager.show(UNIT.name, "ActiveState") == "active", 40, 0.2)
+        assert manager.show(UNIT.name, "MainPID") not in (first, "0"), said.read_text()
+        assert manager.ctl("stop", UNIT.name) == (0, "")
+        assert manager.show(UNIT.name, "Result") == "success"
