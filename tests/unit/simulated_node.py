@@ -98,13 +98,10 @@ class SimulatedNode:
             )
 
         self.outbound = [outbound_to(peer) for peer in peers]
-        self.membership: Membership | None = None
-        discovery: Discovery | None = None
-        if places:
-            myself = Myself(name, f"{LOCALHOST}:{port}", port)
-            sources = {name_of(place): source(place, myself) for place in places}
-            self.membership = Membership(map(str, peers), sources, settle_ns=SETTLE_NS, leave_ns=LEAVE_NS)
-            discovery = Discovery(self.membership, sources)
+        myself = Myself(name, f"{LOCALHOST}:{port}", port)
+        sources = {name_of(place): source(place, myself) for place in places}
+        self.membership = Membership(map(str, peers), sources, settle_ns=SETTLE_NS, leave_ns=LEAVE_NS)
+        discovery = Discovery(self.membership, sources)
         self.released = 0
         self.admin_path = directory / (admin_name or f"{name}.sock")
         self.collector = Collector(self.dpvs, self.dpvs, self.table, modes=MODES, workers=WORKERS, lost=self.dpvs.lost)

@@ -5,6 +5,7 @@ import asyncio
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,5 +223,42 @@ def test_a_stranger_on_the_port(tmp_path: Path) -> None:
             async with SimulatedNode("a", tmp_path, peers=(b.address,)) as a:
                 a.dpvs.create(1, 1)
                 await until(lambda: len(a.table) == 1 and b.holds(a))
+
+    asyncio.run(body())
+
+
+def test_other_peers_are_given_while_it_runs(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with (
+            SimulatedNode("b", tmp_path) as b,
+            SimulatedNode("c", tmp_path) as c,
+            SimulatedNode("a", tmp_path, peers=(b.address,)) as a,
+        ):
+
+            def has(node: SimulatedNode) -> bool:
+                replica = node.replica_of("a")
+                return replica is not None and replica.synced and replica.digest() == a.truth()
+
+            def row(of: SimulatedNode) -> dict[str, Any]:
+                rows = a.links.peers(0, injecting=False)
+                return next((row for row in rows if row["address"] == str(of.address)), {})
+
+            for slot in range(40):
+                a.dpvs.create(slot, slot)
+            await until(lambda: has(b))
+            a.links.give([str(b.address), str(c.address)])
+            await until(lambda: has(c))
+            assert row(b)["link"]["connections"] == 1, "who stays does not notice"
+            assert row(c)["source"] == "given"
+            a.links.give([str(c.address)])
+            await until(lambda: not row(b))
+            for slot in range(40, 50):
+                a.dpvs.create(slot, slot)
+            await until(lambda: has(c))
+            assert not has(b)
+            assert row(c)["link"]["connections"] == 1
+            a.links.give([str(b.address), str(c.address)])
+            await until(lambda: has(b))
+            assert (a.membership.joined, a.membership.left) == (2, 1)
 
     asyncio.run(body())
