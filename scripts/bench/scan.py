@@ -14,6 +14,7 @@ time and memory grow up to --slots. Times are processor time of the scanning pro
 
 import argparse
 import ctypes
+import math
 import mmap
 import os
 import statistics
@@ -155,15 +156,24 @@ def beside(walker: Walker, load: Load, rounds: int, seconds: float) -> None:
             ratios[name].append(taken / ((before + after) / 2) - 1)
             quiet.append(after / before - 1)
             before = after
-    print(f"\nworker, {before:.0f} ns a session made and ended\n\n| beside it | slower by, % |\n|---|---|")
-    print(f"| nobody, from one time to the next | {100 * statistics.median(quiet):+.1f}"
-          f" ({100 * np.percentile(quiet, 25):+.1f} to {100 * np.percentile(quiet, 75):+.1f}) |")  # fmt: skip
-    for name, found in ratios.items():
-        print(f"| {name} | {100 * statistics.median(found):+.1f}"
-              f" ({100 * np.percentile(found, 25):+.1f} to {100 * np.percentile(found, 75):+.1f}) |")  # fmt: skip
+    print(f"\nworker, {before:.0f} ns a session made and ended; {rounds} turns of {seconds} s each\n\n"
+          f"| beside it | slower by, %, median | its 95 % confidence | quartiles |\n|---|---|---|---|")  # fmt: skip
+    for name, found in {"nobody, from one time to the next": quiet, **ratios}.items():
+        low, high = confidence(found)
+        print(f"| {name} | {100 * statistics.median(found):+.2f} | {100 * low:+.2f} to {100 * high:+.2f} |"
+              f" {100 * np.percentile(found, 25):+.1f} to {100 * np.percentile(found, 75):+.1f} |")  # fmt: skip
 
 
-def live(sessions: int, rounds: int, seconds: float) -> None:
+def confidence(found: list[float]) -> tuple[float, float]:
+    """Between which of the figures their true median lies, in 95 of 100 such series; of their order alone, whatever
+    their distribution.
+    """
+    ordered, n = sorted(found), len(found)
+    reach = 0.98 * math.sqrt(n)
+    return ordered[max(0, math.floor(n / 2 - reach))], ordered[min(n - 1, math.ceil(n / 2 + reach) - 1)]
+
+
+def live(sessions: int, rounds: int, turns: int, seconds: float) -> None:
     """A twin with so many live sessions."""
     pool_size = sessions + sessions // 4
     locals_ = [f"10.9.2.{n}" for n in range(100, 100 + -(-pool_size // PORTS))]
@@ -185,7 +195,7 @@ def live(sessions: int, rounds: int, seconds: float) -> None:
             print(f"first walk, everything read: {first:.0f} ms; then {quiet:.1f} ms a walk,"
                   f" {1e6 * quiet / walker.table.count:.0f} ns a session, longest slice {longest:.2f} ms")  # fmt: skip
             node.tell(f"synthesize 1000000000 0 {SHORT_MS}")
-            beside(walker, Load(node, target), rounds, seconds)
+            beside(walker, Load(node, target), turns, seconds)
 
 
 # --- pools that no DPVS here could fill ------------------------------------------------------------------------------
@@ -321,10 +331,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--live", type=int, default=1_000_000, metavar="SESSIONS", help="in a twin; 0: without")
     parser.add_argument("--slots", type=int, default=8_000_000, help="of the largest pool of our own; 0: none")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each turn beside the worker")
+    parser.add_argument("--turns", type=int, default=150, help="beside the worker, of each kind")
+    parser.add_argument("--seconds", type=float, default=0.05, help="of each turn beside the worker")
     options = parser.parse_args(arguments)
     if options.live:
-        live(options.live, options.rounds, options.seconds)
+        live(options.live, options.rounds, options.turns, options.seconds)
     sizes = [options.slots >> shift for shift in (3, 2, 1, 0)] if options.slots else []
     if sizes:
         print("\n| slots, all live | opened, ms | first walk, ms | a walk, ms | ns a session | 1 % changed, ms |"
