@@ -270,13 +270,11 @@ class Collector:
         prints = self._pool.scan_prints(first, end)
         differs: Bools = prints != self._prints[part]
         self._prints[part] = prints
-        if self._hurry:
-            return used
-        looked = used & (differs | self._thorough(first, end))
-        if dense:  # nobody has asked yet whether there is a session where there was none
-            new = np.flatnonzero(differs & ~used)
-            looked[new] = self._pool.live(new + first)
-        return looked
+        # Nobody has asked yet whether there is a session where there was none, or one came between that question and
+        # the reading of its words: whoever asks before reading loses it, as the words will not differ any more.
+        new = np.flatnonzero(differs & ~used)
+        used[new] = self._pool.live(new + first)
+        return used if self._hurry else used & (differs | self._thorough(first, end))
 
     def _thorough(self, first: int, end: int) -> Bools:
         """Which slots from ``first`` to before ``end`` this walk reads whole, whatever the words say.

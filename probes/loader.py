@@ -68,7 +68,15 @@ class Probes:
     """The session probes of one DPVS. ``attach`` compiles and attaches; ``detach`` and ``reattach`` toggle; ``close``
     ends. ``map_fd``, ``ring_bytes``: of the ring buffer, for ``Ring.map``; ``ring()`` does that."""
 
-    def __init__(self, target: Target, layout: Layout, sites: Sequence[Site], ring_pages: int = RING_PAGES) -> None:
+    def __init__(
+        self,
+        target: Target,
+        layout: Layout,
+        sites: Sequence[Site],
+        ring_pages: int = RING_PAGES,
+        *,
+        copies: bool = True,
+    ) -> None:
         create, free = sites
         if ring_pages <= 0 or ring_pages & (ring_pages - 1):
             raise ProgramFailed(f"a ring of {ring_pages} pages is no power of two", help_text="Give a power of two.")
@@ -97,6 +105,8 @@ class Probes:
             counters = np.frombuffer(self._counters_map, np.uint64, cpus * COUNTERS_PER_CPU)
             self._counters: npt.NDArray[np.uint64] = counters.reshape(cpus, COUNTERS_PER_CPU)
             self._before: npt.NDArray[np.uint64] = np.zeros_like(self._counters)
+            self._copies_map = mmap.mmap(self._bpf[b"copies"].map_fd, mmap.PAGESIZE)
+            self.drop_copies(True)
         except BaseException:
             _free(self._bpf)
             raise
@@ -198,6 +208,12 @@ class Probes:
             return None
         return create, free
 
+    def drop_copies(self, drop: bool) -> None:
+        """Whether events of sessions that a peer put in are dropped in the kernel. They change nothing where they are
+        heard; not to look for them makes each hit a little cheaper.
+        """
+        self._copies_map[:8] = int(drop).to_bytes(8, "little")
+
     def detach(self) -> None:
         """Take the probes away; the ring stays and can still be drained."""
         uprobes, self._uprobes = self._uprobes, []
@@ -241,6 +257,7 @@ class Probes:
             self._counters = self._counted()
             self._before = np.zeros_like(self._counters)
             self._counters_map.close()
+            self._copies_map.close()
             _free(self._bpf)
             self._bpf = None
 

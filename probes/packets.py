@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from probes import bpfcall, interface, loader
+from probes import bpfcall, loader
 from probes.errors import DpvsProbeError, NeedRoot
 from probes.flow import FLOW, FLOW_KEY, SERVICE
 
@@ -161,6 +161,8 @@ def foresee(name: str, mode: Mode) -> str:
     """What attaching to an interface would do, in words; changes nothing. Raises NoInterface, OtherProgram,
     CannotAttach.
     """
+    from probes import interface  # netlink takes a while to import, and only this needs it
+
     _number(name)
     try:
         now = interface.look(name)

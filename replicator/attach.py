@@ -137,6 +137,11 @@ class Options:
     metrics: str | None = None  # where to show them
     source: Source | None = None
 
+    @property
+    def takes_sessions(self) -> bool:
+        """Sessions are put into DPVS: the agent is there."""
+        return self.inject and (self.listen is not None or self.store is not None)
+
 
 class Attachment:
     """One attach, from its first check to its last undo."""
@@ -291,8 +296,7 @@ class Attachment:
         client: AgentClient | None = None
         injector: Injector | None = None
         modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
-        wanted = options.inject and (listener is not None or options.store is not None)
-        if wanted and not proving.refused():
+        if options.takes_sessions and not proving.refused():
             client = loading.load(target, layout, control)
             stack.callback(_retire, client, target)
             log.info("agent %s is in DPVS, sessions will be put in", client.door.version)

@@ -52,7 +52,7 @@ BLOCK = 1 << 16  # sessions read at a time
 
 def rehearse(options: Options) -> Iterator[Check]:
     """What attach would look at and do, in its order; ``ok`` False where it would refuse."""
-    takes = options.inject and (options.listen is not None or options.store is not None)
+    takes = options.takes_sessions
     yield from examine(
         options.pid,
         layout_name=options.layout,

@@ -6,6 +6,10 @@ asked ten times a second what share of the worker's time its probes took in the 
 how many sessions it has; at the same time its session pool is counted by ourselves. At each end of a phase of low rate
 the table is compared with DPVS's own list, tuple by tuple. Printed: the plot, and what was kept.
 
+The worker says how long the longest round of its loop took between two samples, and the kernel how long it waited for a
+processor meanwhile. Samples with a switch among them are compared with those without: does taking the probes away, or
+putting them on, hold up the worker?
+
 The twin shares two processors with everything else here: it may not reach the high rate; what it made is printed.
 """
 
@@ -15,7 +19,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -42,6 +47,9 @@ class Sample:
     rate: float  # sessions made a second since the sample before
     table: int
     live: int
+    switches: int  # so far
+    round_us: int  # the worker's longest since the sample before
+    waited_us: float  # by the worker, for a processor, since then
 
 
 class Watch:
@@ -51,16 +59,28 @@ class Watch:
         self.node, self.probe, self.pool = node, probe, pool
         self.samples: list[Sample] = []
         self._began = self._last = time.monotonic()
+        (worker,) = (tid for tid, name in _threads(node.pid) if name.startswith(("dpdk-worker", "lcore-worker")))
+        self._schedstat = Path(f"/proc/{node.pid}/task/{worker}/schedstat")
+        self._waited_ns = self._waited()
         self._made = self.made()
 
     def made(self) -> int:
-        return sum(worker["synthetic"] for worker in self.node.tell("stats")["workers"])
+        return sum(worker["synthetic"] for worker in self._workers())
+
+    def _workers(self) -> list[dict[str, Any]]:
+        workers: list[dict[str, Any]] = self.node.tell("stats")["workers"]
+        return workers
+
+    def _waited(self) -> int:
+        """Nanoseconds that the worker has waited for a processor so far."""
+        return int(self._schedstat.read_text().split()[1])
 
     def sample(self) -> None:
         before = int(np.count_nonzero(self.pool.live()))
         status = self.probe.status()
         live = (before + int(np.count_nonzero(self.pool.live()))) // 2
-        now, made = time.monotonic(), self.made()
+        workers, waited_ns = self._workers(), self._waited()
+        now, made = time.monotonic(), sum(worker["synthetic"] for worker in workers)
         probes = status["probes"]
         self.samples.append(
             Sample(
@@ -70,9 +90,12 @@ class Watch:
                 (made - self._made) / (now - self._last),
                 status["sessions"]["own"],
                 live,
+                sum(probes["switches"].values()),
+                max(worker["longest_round_us"] for worker in workers),
+                (waited_ns - self._waited_ns) / 1000,
             )
         )
-        self._last, self._made = now, made
+        self._last, self._made, self._waited_ns = now, made, waited_ns
 
     def phase(self, seconds: float, rate: int) -> float:
         """Let the worker make sessions for so long; how many a second it made."""
@@ -82,6 +105,12 @@ class Watch:
             self.sample()
             time.sleep(SAMPLE_S)
         return (self.made() - made) / (time.monotonic() - began)
+
+
+def _threads(pid: int) -> list[tuple[int, str]]:
+    """(id, name) of each thread of a process."""
+    tasks = sorted(Path(f"/proc/{pid}/task").iterdir())
+    return [(int(task.name), (task / "comm").read_text().strip()) for task in tasks]
 
 
 def plot(title: str, values: Sequence[float], marks: Sequence[bool], line: float | None = None) -> None:
@@ -153,9 +182,23 @@ def report(
     print(f"table and DPVS's list were equal, tuple by tuple, {equal} of {equal} times")
     print(f"sessions in the table beside those in the pool: median difference {np.median(differ):.0f}, most"
           f" {max(differ)}; as time, p50 {np.median(lag):.0f} ms, p90 {np.percentile(lag, 90):.0f} ms")  # fmt: skip
+    _report_rounds(samples)
     kept = highest <= budget
     print("budget kept" if kept else "budget NOT kept")
     return 0 if kept else 1
+
+
+def _report_rounds(samples: Sequence[Sample]) -> None:
+    """Whether switches hold up the worker. What it waited for a processor is no doing of ours."""
+    # A switch is counted when it is over: it began in that sample or in the one before.
+    switched = [b.switches != a.switches for a, b in pairwise(samples)]
+    near = [here or after for here, after in pairwise([*switched, False])]
+    print("\nlongest round of the worker's loop in a sample, us (median, p90, most); what it waited for a processor")
+    for title, wanted in (("with a switch", True), ("without", False)):
+        chosen = [sample for sample, one in zip(samples[1:], near, strict=True) if one == wanted]
+        rounds, waited = [s.round_us for s in chosen], [s.waited_us for s in chosen]
+        cells = [f"{np.median(of):.0f}, {np.percentile(of, 90):.0f}, {max(of):.0f}" for of in (rounds, waited) if of]
+        print(f"{title:>14} ({len(chosen)} samples): {'; '.join(cells)}")
 
 
 if __name__ == "__main__":

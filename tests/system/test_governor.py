@@ -1,8 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The probes of a running attach under their budget, on the twin: away under load, back after it; and none at all."""
+"""The probes under their budget: away under load, back after it, and none at all; and the table right all the time."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
 import pytest
 
+from collector.collector import Collector
+from collector.conns import from_conns
+from collector.flows import hash_of, keys_of
+from collector.governed import Governed
+from collector.governor import Limits
+from collector.record import Words, words
+from collector.table import SessionTable
+from probes.loader import Probes
+from probes.memory import SessionPool
+from probes.sites import session_sites
+from probes.target import Target
+from replicator.attach import XMIT_MODES
+from tests.lab.churn import Churn
 from tests.lab.node import Attached
 from tests.lab.pair import Pair
 from tests.lab.process import wait_for
@@ -11,6 +29,12 @@ from tests.system.test_table import assert_equal
 
 pytestmark = [pytest.mark.needs("bpf", "twin")]
 BUDGET = 0.4  # percent: what some two thousand sessions a second take
+TINY_BUDGET = 0.02  # what a hundred sessions a second take
+LIFETIME_MS = 3000
+TORN = np.uint64(1)
+# Of a record: all but the generation, the worker (which events alone tell) and the claim.
+SAME = np.full(18, 0xFFFFFFFFFFFFFFFF, np.uint64)
+SAME[0], SAME[11], SAME[17] = 0xFFFFFFFF, 0xFFFFFF00FFFFFFFF, 0xFFFFFFFF
 
 
 def synthesize(pair: Pair, count: int, rate: int, lifetime_ms: int) -> None:
@@ -72,3 +96,138 @@ def test_the_scan_alone(pair: Pair, how: tuple[str, ...]) -> None:
     assert status["probes"] == {"attached": False, "how": "scan only"}
     assert status["events"]["total"] == 0
     assert status["collector"]["created"] > 1000
+
+
+@pytest.mark.dpvs
+def test_real_connections_take_the_probes_away_and_they_come_back(pair: Pair) -> None:
+    steady = pair.steady(connections=7)
+    probe = pair.a.probe("--no-inject", "--probe-budget", str(TINY_BUDGET))
+    with Churn(pair.network.path("client"), pair.plan.vip, 7) as churn:
+
+        def away() -> bool:
+            churn.open(101)
+            churn.close(97, ("reset",))
+            return not probe.status()["probes"]["attached"]
+
+        wait_for("probes away", away, 20)
+        churn.open(101)
+        assert assert_equal(pair.a, probe) >= len(churn.open_ones)
+        wait_for("probes back", lambda: probe.status()["probes"]["attached"], 60)
+        assert assert_equal(pair.a, probe) >= len(churn.open_ones)
+        before = probe.status()
+        churn.open(3)
+        assert assert_equal(pair.a, probe) >= len(churn.open_ones)
+        after = probe.status()
+        churn.close(len(churn.open_ones), ("reset",))
+        assert_equal(pair.a, probe)
+    assert after["probes"]["switches"]["detached_over_budget"] >= 1
+    assert after["probes"]["switches"]["attached"] >= 2
+    if after["probes"]["switches"] == before["probes"]["switches"]:
+        assert after["events"]["created"] - before["events"]["created"] == 3
+    report = steady.finish()
+    print({**after["probes"], "longest_gap_ms": report["longest_gap_ms"]})
+    assert report["alive"] == 7
+    assert pair.a.alive
+
+
+class Eyes:
+    """Two collectors on one DPVS: one with probes under a budget, the other with the scan alone."""
+
+    def __init__(self, pool: SessionPool, target: Target, probes: Probes) -> None:
+        self.pool = pool
+        modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
+        self._modes = modes
+        tables = [SessionTable(pool.slots) for _ in range(2)]
+        self.probed = Collector(pool, probes.ring(), tables[0], modes=modes, workers=target.workers(), lost=probes.lost)
+        self.alone = Collector(pool, None, tables[1], modes=modes)
+        self.both = (self.probed, self.alone)
+        limits = Limits(budget=BUDGET / 100)
+        self.governed = Governed(probes, self.probed, list(target.worker_cpus().values()), time.monotonic_ns(),
+                                 limits=limits)  # fmt: skip
+        self._walks = dict.fromkeys(self.both, 0)
+        self._began: dict[Collector, tuple[float, Words]] = {}  # the walk that is under way
+        self.compared = dict.fromkeys((True, False), 0)  # walks that were, with the probes on and away
+
+    def round(self) -> None:
+        """What a node's loop does, and after each walk a comparison with the pool."""
+        self.governed.tick(time.monotonic_ns())
+        for one in self.both:
+            one.tick(time.monotonic_ns())
+            one.scan(time.monotonic_ns())
+            if one.counters["scan_passes"] == self._walks[one]:
+                continue
+            self._walks[one] = one.counters["scan_passes"]
+            one.tick(time.monotonic_ns())  # what seems gone is looked at once more
+            now = self.names()
+            if one in self._began:
+                began, before = self._began[one]
+                self._compare(one, before, now, time.monotonic() - began)
+            self._began[one] = time.monotonic(), now
+
+    def names(self) -> Words:
+        """Of each slot a word for the session in it as DPVS has it: 0 without one, TORN where DPVS was writing it."""
+        out = np.zeros(self.pool.slots, np.uint64)
+        slots = np.flatnonzero(self.pool.live())
+        conns, whole = self.pool.read(slots)
+        out[slots] = hash_of(keys_of(words(from_conns(conns, slots, self._modes))))
+        out[slots[~whole]] = TORN
+        return out
+
+    def _compare(self, one: Collector, before: Words, now: Words, seconds: float) -> None:
+        """One walk lies between ``before`` and ``now``: what was there all the time must be in the table, and what was
+        there at neither must not.
+        """
+        known = np.zeros(self.pool.slots, np.uint64)
+        slots = np.flatnonzero(one.table.present)
+        known[slots] = hash_of(keys_of(words(one.table.rows(slots))))
+        sure = (before != TORN) & (now != TORN)
+        missing = sure & (before == now) & (before != 0) & (known != before)
+        assert not missing.any(), f"{missing.sum()} sessions are late by more than a walk of {seconds:.3f} s"
+        if seconds < LIFETIME_MS / 1000 - 1:  # none came and went between
+            extra = sure & (known != 0) & (known != before) & (known != now)
+            assert not extra.any(), f"{extra.sum()} ends are late by more than a walk of {seconds:.3f} s"
+            self.compared[self.governed.governor.attached] += one is self.probed
+
+    def until(self, what: str, holds: Callable[[], bool], within: float) -> None:
+        end = time.monotonic() + within
+        while not holds():
+            assert time.monotonic() < end, f"not within {within} s: {what}"
+            self.round()
+            time.sleep(0.0005)
+
+
+@contextmanager
+def eyes_on(pair: Pair) -> Iterator[Eyes]:
+    with ExitStack() as stack:
+        target = stack.enter_context(Target.open(pair.a.pid))
+        pool = stack.enter_context(SessionPool.open(target, pair.a.layout))
+        probes = stack.enter_context(Probes.attach(target, pair.a.layout, session_sites(target.function)))
+        eyes = Eyes(pool, target, probes)
+        stack.callback(eyes.governed.close)
+        yield eyes
+
+
+def test_with_probes_and_without_the_same_table_never_late_by_more_than_a_walk(pair: Pair) -> None:
+    with eyes_on(pair) as eyes:
+        governor, switches = eyes.governed.governor, eyes.governed.counters
+        synthesize(pair, 101, 500, LIFETIME_MS)
+        eyes.until("a few heard", lambda: eyes.probed.counters["events_created"] == 101, 20)
+        assert governor.attached
+        synthesize(pair, 10_007, 6000, LIFETIME_MS)
+        eyes.until("probes away", lambda: not governor.attached, 20)
+        eyes.until("all made", lambda: synthetic(pair) == 101 + 10_007, 30)
+        eyes.until("probes back", lambda: governor.attached, 40)
+        synthesize(pair, 307, 500, 60_000)
+        eyes.until("more made", lambda: synthetic(pair) == 101 + 10_007 + 307, 20)
+        eyes.until("all others ended", lambda: int(np.count_nonzero(eyes.pool.live())) == 307, 30)
+        walks = {one: one.counters["scan_passes"] + 2 for one in eyes.both}
+        eyes.until("two walks", lambda: all(one.counters["scan_passes"] >= n for one, n in walks.items()), 20)
+        probed, alone = eyes.probed.table, eyes.alone.table
+        assert int(np.count_nonzero(probed.present)) == 307
+        assert (probed.present == alone.present).all()
+        rows = [words(table.records)[table.present] & SAME for table in (probed, alone)]
+        assert (rows[0] == rows[1]).all()
+        assert switches["detached_over_budget"] >= 1
+        assert switches["attached"] >= 2
+        assert switches["failed"] == 0
+        assert min(eyes.compared.values()) > 3, eyes.compared

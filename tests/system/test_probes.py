@@ -4,12 +4,13 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from probes import loader
 from probes.layout import Layout
 from probes.loader import SOURCE_VARIABLE, Probes, ProgramFailed, available
 from probes.ring import CREATE, FREE
@@ -158,6 +159,24 @@ def test_copies_that_we_made_are_not_heard(subject: Subject) -> None:
         }  # fmt: skip
 
 
+def test_where_there_are_no_copies_nobody_looks_for_them(subject: Subject) -> None:
+    with Probes.attach(subject.target, LAYOUT, subject.sites, 512) as probes:
+        ring = probes.ring()
+        probes.drop_copies(False)
+        subject.run(PRIME, flags=INJECTED | LIVE)
+        subject.run(11, unreadable=True)
+        events = ring.drain(1 << 20)
+        assert len(events) == 2 * PRIME + 22
+        assert set(events["flags"].tolist()) == {0}
+        assert probes.counters() == {
+            "hits_create": PRIME + 11, "hits_free": PRIME + 11, "injected": 0, "lost": 0, "unreadable": 0,
+        }  # fmt: skip
+        probes.drop_copies(True)
+        subject.run(7, flags=INJECTED | LIVE)
+        assert len(ring.drain()) == 0
+        assert probes.counters()["injected"] == 14
+
+
 def test_a_session_that_cannot_be_read_is_told_all_the_same(subject: Subject) -> None:
     with Probes.attach(subject.target, LAYOUT, subject.sites, 64) as probes:
         ring = probes.ring()
@@ -178,6 +197,44 @@ def test_a_full_ring_counts_what_it_loses(subject: Subject) -> None:
         subject.run(7)
         assert len(ring.drain()) == 14
         assert probes.lost() == 2 * PRIME - kept
+
+
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a kernel before 6.6: it takes no program for a link on several sites."""
+    monkeypatch.setattr(loader, "_load_multi", lambda *_: None)
+
+
+def with_deaf_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some kernels of 6.6 to 6.9: the link is there and passes over threads."""
+
+    class Deaf:
+        def __init__(self, *_: object) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(loader, "MultiUprobe", Deaf)
+
+
+@pytest.mark.parametrize("kernel", [without_links, with_deaf_links])
+def test_where_links_do_not_work_perf_events_do(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, kernel: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    kernel(monkeypatch)
+    with Probes.attach(subject.target, LAYOUT, subject.sites, 512) as probes:
+        assert probes.how == "a perf event for each site"
+        assert probes.costs.measured
+        ring = probes.ring()
+        subject.run(PRIME, threads=3)
+        events = ring.drain(1 << 20)
+        assert len(events) == 6 * PRIME
+        for tid in np.unique(events["tid"]):
+            assert (events["kind"][events["tid"] == tid] == np.tile([CREATE, FREE], PRIME)).all()
+        probes.detach()
+        subject.run(103)
+        probes.reattach()
+        subject.run(107)
+        assert len(ring.drain()) == 214
+        assert probes.hits() == {"create": 3 * PRIME + 107, "free": 3 * PRIME + 107}
 
 
 def test_detached_and_attached_again(subject: Subject) -> None:

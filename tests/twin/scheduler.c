@@ -93,6 +93,7 @@ static int job_loop(void *arg __rte_unused)
     const useconds_t nap = role == LCORE_ROLE_MASTER ? MASTER_SLEEP_US : WORKER_SLEEP_US;
     struct dpvs_lcore_job *job;
     uint32_t round = 0, idle = 0;
+    uint64_t began;
 
     if (role == LCORE_ROLE_IDLE)
         return EDPVS_IDLE;
@@ -100,8 +101,9 @@ static int job_loop(void *arg __rte_unused)
     list_for_each_entry (job, &jobs[role][LCORE_JOB_INIT], list)
         job->func(job->data);
 
+    began = rte_get_timer_cycles();
     while (dpvs_state_get() != DPVS_STATE_FINISH) {
-        uint64_t work = stats->work;
+        uint64_t work = stats->work, now;
 
         round++;
         list_for_each_entry (job, &jobs[role][LCORE_JOB_LOOP], list)
@@ -110,9 +112,14 @@ static int job_loop(void *arg __rte_unused)
             if (round % job->skip_loops == 0)
                 job->func(job->data);
         }
+        now = rte_get_timer_cycles();
+        stats->longest_round = stats->longest_round == UINT64_MAX ? 0 : RTE_MAX(stats->longest_round, now - began);
+        began = now;
         idle = stats->work == work ? idle + 1 : 0;
-        if (idle > IDLE_ROUNDS && !__atomic_load_n(&twin_conf.poll, __ATOMIC_RELAXED))
+        if (idle > IDLE_ROUNDS && !__atomic_load_n(&twin_conf.poll, __ATOMIC_RELAXED)) {
             usleep(nap);
+            began = rte_get_timer_cycles();
+        }
     }
     return EDPVS_OK;
 }

@@ -63,6 +63,7 @@ struct lcore_stats {
     uint64_t reused;
     uint64_t synthetic;
     uint64_t synthetic_failed;
+    uint64_t longest_round; /* of the loop, in cycles, since it was asked for last; without sleeping */
     uint64_t work; /* anything done: while it moves, the lcore does not sleep */
 };
 

@@ -138,7 +138,7 @@ static int on_set(struct dpvs_msg *msg)
 /* The text is the C library's memory; the master frees it. */
 static int on_stats(struct dpvs_msg *msg)
 {
-    const struct lcore_stats *s = this_stats;
+    struct lcore_stats *s = this_stats;
     char *text = NULL;
     size_t len;
     FILE *out = open_memstream(&text, &len);
@@ -148,9 +148,11 @@ static int on_stats(struct dpvs_msg *msg)
     fprintf(out,
             "{\"lcore\":%u,\"conn_count\":%u,\"ticks\":%lu,\"rx\":%lu,\"tx\":%lu,\"dropped\":%lu,\"no_route\":%lu,"
             "\"redirected\":%lu,\"resets\":%lu,\"bad_acks\":%lu,\"reused\":%lu,\"synthetic\":%lu,"
-            "\"synthetic_failed\":%lu,\"synthetic_pending\":%lu,\"addresses\":",
+            "\"synthetic_failed\":%lu,\"synthetic_pending\":%lu,\"longest_round_us\":%lu,\"addresses\":",
             rte_lcore_id(), conn_this_count(), twin_ticks(), s->rx, s->tx, s->dropped, s->no_route, s->redirected,
-            s->resets, s->bad_acks, s->reused, s->synthetic, s->synthetic_failed, synthesize_pending());
+            s->resets, s->bad_acks, s->reused, s->synthetic, s->synthetic_failed, synthesize_pending(),
+            s->longest_round * 1000000 / g_cycles_per_sec);
+    s->longest_round = UINT64_MAX; /* this round does not count */
     ifa_json(out);
     fprintf(out, ",\"services\":");
     service_json(out);

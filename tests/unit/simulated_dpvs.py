@@ -37,6 +37,7 @@ class SimulatedDpvs:
         self.conns = np.zeros(slots, CONN)
         self.torn: set[int] = set()  # slots whose next read is torn
         self.losing = False
+        self.hides_copies = True  # the program drops events of copies; it does not where none are put in
         self.now_ns = 1_000_000_000
         self._events: list[tuple[int, int, int, int]] = []
         self._lost = 0
@@ -104,7 +105,7 @@ class SimulatedDpvs:
         self.now_ns += 1000
         if self.losing:
             self._lost += 1
-        elif not flags & record.INJECTED:
+        elif not (self.hides_copies and flags & record.INJECTED):
             self._events.append((slot, self.now_ns, tid, kind))
 
     # What the collector sees.

@@ -416,6 +416,21 @@ def test_a_frozen_table_keeps_the_sessions_of_a_dead_process(node: Node) -> None
     assert node.table.count == 1
 
 
+def test_a_copy_that_is_heard_stays_out_all_the_same(node: Node) -> None:
+    node.dpvs.hides_copies = False
+    node.dpvs.create(3, 7, flags=record.INJECTED, hashed=False)
+    node.tick()
+    node.dpvs.hash(3)  # NONE for a moment
+    node.tick()
+    node.dpvs.wait(3)
+    node.tick()
+    assert (node.table.count, node.collector.copies, node.collector.counters["events_created"]) == (0, 1, 1)
+    node.dpvs.free(3)
+    node.tick()
+    assert (node.table.count, node.collector.copies) == (0, 0)
+    assert node.taken() == []
+
+
 class TestCarriedOn:
     """Copies that wait, and what becomes of them when packets come."""
 
@@ -593,3 +608,15 @@ class Histories(RuleBasedStateMachine):
 
 Histories.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 TestHistories = Histories.TestCase
+
+
+class HistoriesWithCopiesHeard(Histories):
+    """The same where the program does not drop events of copies: they change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dpvs.hides_copies = False
+
+
+HistoriesWithCopiesHeard.TestCase.settings = settings(max_examples=30, stateful_step_count=50, deadline=None)
+TestHistoriesWithCopiesHeard = HistoriesWithCopiesHeard.TestCase

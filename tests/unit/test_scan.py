@@ -12,7 +12,7 @@ import pytest
 
 from collector import record
 from collector.collector import THOROUGH_BLOCK, Collector, Settings
-from collector.record import FNAT
+from collector.record import FNAT, Bools, Slots
 from collector.table import SessionTable
 from probes.memory import SessionPool
 from tests.unit.own_pool import LAYOUT, XMIT_FNAT, OwnPool, OwnZones, own_target
@@ -26,9 +26,9 @@ NEVER = 1 << 30
 class Full:
     """A pool of which most slots are used, and a collector that has walked through it: nothing is read whole again."""
 
-    def __init__(self) -> None:
-        self.dpvs = SimulatedDpvs(SLOTS)
-        for slot in range(0, SLOTS, 2):
+    def __init__(self, dpvs: "Racing | None" = None, used: range = range(0, SLOTS, 2)) -> None:
+        self.dpvs = dpvs or Racing(SLOTS)
+        for slot in used:
             self.dpvs.create(slot, slot)
             self.dpvs.establish(slot)
         self.table = SessionTable(SLOTS)
@@ -91,6 +91,36 @@ def test_a_slice_that_empties_and_fills_again() -> None:
     full.walk()
     full.walk()
     assert full.table.count == SLOTS
+
+
+class Racing(SimulatedDpvs):
+    """A session is made just after somebody asked what is live, and before he reads what the sessions are."""
+
+    late: int | None = None
+
+    def live(self, slots: Slots) -> Bools:
+        found = super().live(slots)
+        if self.late is not None:
+            self.create(self.late, self.late)
+            self.late = None
+        return found
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_session_made_between_two_questions_is_found_on_the_next_walk(whole: bool) -> None:
+    few, some = SLOTS // 16 - 28, SLOTS // 16 + 28  # so many that words are compared, but not that nobody is asked
+    full = Full(Racing(SLOTS), range(0, few))
+    for slot in range(few, some):
+        full.dpvs.create(slot, slot)
+    full.dpvs.late = SLOTS // 2
+    if whole:
+        full.collector.scan_all(full.dpvs.clock())
+    else:
+        full.walk()
+    assert full.dpvs.late is None
+    full.walk()
+    assert full.table.present[SLOTS // 2]
+    assert full.equal()
 
 
 @pytest.mark.parametrize(("slots", "milliseconds"), [(1000, 20), (1 << 16, 26), (1_000_000, 400), (8_000_000, 3200)])
