@@ -27,7 +27,7 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 /* Mappable, so that user space reads the counters without a system call; a cache line for each CPU. */
 BPF_F_TABLE("array", u32, u64, counters, COUNTER_SLOTS, BPF_F_MMAPABLE);
 
-/* Not 0: there are such sessions, so look at each one's flags, which is half of what a hit costs beyond the breakpoint. */
+/* Not 0: there are sessions that a peer put in, so look at each one's flags, two fifths of what this program costs. */
 BPF_F_TABLE("array", u32, u64, copies, 1, BPF_F_MMAPABLE);
 
 static inline u64 *counter_of(u32 which)
