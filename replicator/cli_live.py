@@ -6,6 +6,7 @@ terminal to be drawn on.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ def top(pid: int | None, run_dir: str | None, *, as_json: bool, once: bool, inte
 
     Ends with Ctrl-C.
     """
-    live = sys.stdout.isatty() and not once and not as_json
+    live = can_draw(sys.stdout.isatty(), os.environ.get("TERM", "")) and not once and not as_json
 
     def answer() -> Line:
         (line,) = request(pid, run_dir, "top", limit=rows or (ROWS_LIVE if live else ROWS_ONCE))
@@ -54,6 +55,11 @@ def top(pid: int | None, run_dir: str | None, *, as_json: bool, once: bool, inte
         show([json.dumps({**now, "rates": rate})] if as_json else view.plain(now, rate))
         if once or not as_json:
             return
+
+
+def can_draw(terminal: bool, kind: str) -> bool:
+    """Whether standard output can be drawn on. A terminal without a cursor (in an editor, say) is as good as a pipe."""
+    return terminal and kind not in ("dumb", "unknown")
 
 
 def _looks(answer: Any, interval: float) -> Iterator[tuple[Line, Mapping[str, float]]]:

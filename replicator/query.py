@@ -39,7 +39,7 @@ _ENDS = (
 class BadFilter(DpvsProbeError):
     """A filter that can match nothing because it is written wrong."""
 
-    help_text = "See `dpvs-probe sessions --help`."
+    help_text = "The --help of the command says how filters are written."
 
 
 @dataclass(frozen=True)

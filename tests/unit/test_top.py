@@ -6,11 +6,13 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pytest
 
 from collector import record
 from collector.table import SessionTable
 from replicator import summary as module
 from replicator import top
+from replicator.cli_live import can_draw
 from replicator.summary import Summary, summarize
 from tests.unit.session_records import sessions
 
@@ -122,3 +124,11 @@ def test_text() -> None:
     assert "  TO         b     10.0.0.2:1  live   11        2        0.4         1.9".lower() in [
         x.lower() for x in lines
     ]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "kind", "drawn"),
+    [(True, "xterm", True), (True, "", True), (True, "dumb", False), (False, "xterm", False)],
+)
+def test_only_what_has_a_cursor_is_drawn_on(terminal: bool, kind: str, drawn: bool) -> None:
+    assert can_draw(terminal, kind) is drawn
