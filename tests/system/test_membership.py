@@ -213,7 +213,8 @@ def test_the_command_finds_its_peer(pair: Pair, tmp_path: Path) -> None:
         assert steady.finish()["alive"] == CONNECTIONS
 
 
-def test_an_etcd_with_tls_and_users(tmp_path: Path) -> None:
+def test_an_etcd_with_tls_and_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "ANSWER_S", 20.0)  # etcd makes a password's hash slow on purpose
     authority = Authority(tmp_path / "certificates")
     certificate, key = authority.sign("lb")
     password = tmp_path / "password"
@@ -246,6 +247,7 @@ def test_an_etcd_with_tls_and_users(tmp_path: Path) -> None:
             a = await here.start("a", share=1)
             await here.start("b")
             await until(lambda: here.shared_among("b"), 15)
+            await until(lambda: len(here.dials()) == 2)  # both ways
             before = here.dials()
             # etcd forgets who was logged in when it is started anew: they log in again, and no link notices.
             etcd.kill()
