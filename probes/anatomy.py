@@ -104,6 +104,7 @@ class Anatomy:
         kept = _kept(target.build_id)
         if kept is not None and (found := _load(kept)) is not None:
             return cls(found, target)
+        log.info("reading the code of %s, once for each build of DPVS: this takes some seconds", target.exe)
         anatomy = cls.read(target)
         if kept is not None:
             _keep(kept, anatomy.touched)

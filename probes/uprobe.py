@@ -68,18 +68,10 @@ def supported() -> bool:
     return _TYPE.exists()
 
 
-class Uprobe:
-    """One attached program. ``Uprobe(prog_fd, pid, path, offset)`` attaches, ``close`` detaches."""
+class _Attached:
+    """A probe that lasts as long as its file descriptor."""
 
-    def __init__(self, prog_fd: int, pid: int, path: str, offset: int, *, on_return: bool = False) -> None:
-        """``on_return``: the place is a function's entry, and the program runs when it returns: dearer, for benches."""
-        self.fd = _open(pid, path, offset, _RETURN if on_return else 0)
-        try:
-            fcntl.ioctl(self.fd, _IOC_SET_BPF, prog_fd)
-            fcntl.ioctl(self.fd, _IOC_ENABLE, 0)
-        except OSError as error:
-            self.close()
-            raise ProbeFailed(f"cannot attach the probe program at {path}+{offset:#x}: {error.strerror}") from None
+    fd: int
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -93,7 +85,21 @@ class Uprobe:
         self.close()
 
 
-class MultiUprobe:
+class Uprobe(_Attached):
+    """One attached program. ``Uprobe(prog_fd, pid, path, offset)`` attaches, ``close`` detaches."""
+
+    def __init__(self, prog_fd: int, pid: int, path: str, offset: int, *, on_return: bool = False) -> None:
+        """``on_return``: the place is a function's entry, and the program runs when it returns: dearer, for benches."""
+        self.fd = _open(pid, path, offset, _RETURN if on_return else 0)
+        try:
+            fcntl.ioctl(self.fd, _IOC_SET_BPF, prog_fd)
+            fcntl.ioctl(self.fd, _IOC_ENABLE, 0)
+        except OSError as error:
+            self.close()
+            raise ProbeFailed(f"cannot attach the probe program at {path}+{offset:#x}: {error.strerror}") from None
+
+
+class MultiUprobe(_Attached):
     """One program on several instructions of a process; raises ProbeFailed where the kernel has no such link.
 
     ``cookies``: what ``bpf_get_attach_cookie`` says at each of ``offsets``.
@@ -123,17 +129,6 @@ class MultiUprobe:
         self.fd: int = _libc.syscall(_SYS_BPF, _LINK_CREATE, ctypes.byref(attr), _LINK_ATTR.size)
         if self.fd < 0:
             raise _failure(ctypes.get_errno(), pid, f"{path} at {count} places")
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
 
 
 def _open(pid: int, path: str, offset: int, config: int) -> int:

@@ -238,8 +238,7 @@ class Attachment:
         log.info("layout %s, %s", layout.name, source)
         if wrong := faults(layout):
             raise LayoutDisproved(f"layout {layout.name} does not agree with itself: {'; '.join(wrong)}")
-        anatomy = Anatomy.of(target)
-        await asyncio.sleep(0)
+        anatomy = await asyncio.to_thread(Anatomy.of, target)  # seconds: the service manager's watchdog waits for us
         layout, left_out = supported(layout, anatomy)
         if left_out:
             log.warning("not proven, so not used, nor sessions that need it: %s", ", ".join(left_out))
