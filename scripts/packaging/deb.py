@@ -62,8 +62,9 @@ set -e
 # An attach that runs goes on with what it has in memory; the next one that starts is the new release.
 py3clean -p {PROGRAM} /{LIBRARY}
 """
-POSTRM = """#!/bin/sh
+POSTRM = f"""#!/bin/sh
 set -e
+if [ "$1" = purge ]; then rm -rf /var/cache/{PROGRAM}; fi  # what attach has read of DPVS's code
 if [ -d /run/systemd/system ]; then systemctl daemon-reload || true; fi
 """
 # Libraries carry their own tests, headers and programs along; nothing of that is ever used here.
