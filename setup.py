@@ -20,6 +20,12 @@ LOOPS = ["collector.rows", "probes.gathering", "replicator.packing"]
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror"]
 
 
+for name in LOOPS:
+    types = Path(name.replace(".", "/") + ".pxd")
+    if not types.exists():  # it would compile all the same, to something slow that gives numpy's numbers back
+        raise SystemExit(f"{types} is missing")
+
+
 def compile_agent(target: Path) -> None:
     """Compile the agent to ``target`` in one step, replacing it atomically: a process may have the old one mapped."""
     target.parent.mkdir(parents=True, exist_ok=True)

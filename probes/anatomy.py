@@ -17,7 +17,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from probes.errors import DpvsProbeError
-from probes.layout import SESSION, Layout
+from probes.layout import LOOKUP, SESSION, Layout
 from probes.reading import CHUNK_BYTES, ELEMENT, Reader
 from probes.reading import Path as Way
 from probes.target import Target
@@ -60,6 +60,9 @@ FUNCTIONS: Mapping[str, Mapping[int, str]] = {
     "sockopt_register": {0: HANDLERS},
     "sockopt_unregister": {0: HANDLERS},
 }  # fmt: skip
+# Of LOOKUP not the arguments are looked at, but where it takes the last of them from: its lcore, on the stack
+# (include/ipvs/service.h; up to 1.9.4 there is one more before it).
+LCORE = "cid"
 # Functions that start a timer: the timer, how long, what is called then (include/timer.h).
 STARTS = ("dpvs_timer_sched", "dpvs_timer_sched_nolock", "dpvs_timer_sched_period")
 # Functions whose first argument is a timer.
@@ -118,6 +121,8 @@ class Anatomy:
         for name, arguments in FUNCTIONS.items():
             if (address := target.find(name)) is not None:
                 reader.follow(address, arguments)
+        if (address := target.find(LOOKUP)) is not None:
+            reader.follow(address, {}, frame=LOOKUP)
         for name in STARTS:
             if (address := target.find(name)) is not None:
                 reader.follow(address, {0: TIMER, 2: HANDLER})
@@ -180,6 +185,14 @@ class Anatomy:
     def shows_handler(self, layout: Layout) -> bool:
         """Whether what a timer calls is kept where the layout has it."""
         return layout.field(TIMER, "handler") in self.touched.get((TIMER, f"={HANDLER}"), frozenset())
+
+    def shows_lookup(self, layout: Layout) -> bool:
+        """Whether DPVS's lookup of services takes its lcore from where the layout has it, and nothing from behind."""
+        places = self.touched.get((LOOKUP,), frozenset())
+        if not layout.has(LOOKUP, LCORE) or not places:
+            return False
+        at, size = layout.field(LOOKUP, LCORE)
+        return max(offset for offset, _ in places) == at and bool({(at, size), (at, 4)} & places)
 
     def shows_by_node(self, layout: Layout, node: str, members: Sequence[str]) -> bool:
         """The same for fields of a local address that the code reaches by its node on the list of its service."""

@@ -8,12 +8,12 @@ knowing but stops nothing.
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from probes import loader, uprobe
+from probes import loader, processors, uprobe
 from probes.agent import abi, loading
 from probes.agent.client import Door
 from probes.anatomy import Anatomy
@@ -65,6 +65,7 @@ def examine(
             return
         yield Check("process", True, f"{target.exe}, build id {target.build_id or 'none'}")
         yield _lock(pid, lock_holder)
+        yield _processors(target.worker_cpus())
         try:
             layout, source = choose(target, layout_name)
         except DpvsProbeError as error:
@@ -121,6 +122,20 @@ def _lock(pid: int, holder: int | None) -> Check:
         return Check("not attached yet", True, f"no dpvs-probe is attached to pid {pid}")
     who = f"dpvs-probe (pid {holder})" if holder else "another dpvs-probe"
     return Check("not attached yet", False, f"{who} is attached", "End it first: dpvs-probe detach")
+
+
+def _processors(workers: Mapping[int, Collection[int]]) -> Check:
+    allowed = os.sched_getaffinity(0)
+    left = processors.without(allowed, workers.values())
+    busy = processors.shown(frozenset().union(*workers.values()))
+    many = f"{len(workers)} worker{'' if len(workers) == 1 else 's'}"
+    if left is not None:
+        return Check("processors", True, f"{many} on {busy}, attach would run on {processors.shown(left)}")
+    advice = (
+        "attach would run on all of them, and what it takes there a worker lacks. Leave two more to the system:"
+        " fewer workers, or another CPUAffinity= of dpvs-probe."
+    )
+    return Check("processors", None, f"{many} on {busy} of {processors.shown(allowed)}", advice)
 
 
 def _control(control: ControlSocket) -> Check:

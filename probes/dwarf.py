@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Struct layouts out of debug information (DWARF 2 to 5), of an object file, a program, or the debug file of one.
 
-Rules: reads a file, runs nothing. Structs, their members (those of unnamed unions and structs too) and the values of
-enumerations, by the names that are asked for. A unit is looked into only while something is still missing: a whole
-DPVS has a thousand of them.
+Rules: reads a file, runs nothing. Structs, their members (those of unnamed unions and structs too), the arguments of
+functions and the values of enumerations, by the names that are asked for. A unit is looked into only while something is
+still missing: a whole DPVS has a thousand of them.
 """
 
 from collections.abc import Collection, Iterator
@@ -18,6 +18,7 @@ from probes.errors import DpvsProbeError
 from probes.layout import Struct
 
 MAX_NESTING = 8
+REGISTERS, WORD = 6, 8  # arguments that are passed in registers; bytes of each of the others
 
 
 class NoDebugInformation(DpvsProbeError):
@@ -66,8 +67,24 @@ def _unit(unit: Any, found: Found, structs: Collection[str], values: Collection[
             if name in structs and name not in found.structs and "DW_AT_byte_size" in die.attributes:
                 fields = {member: (at, size) for member, at, size in _members(die)}
                 found.structs[name] = Struct(name, die.attributes["DW_AT_byte_size"].value, fields)
+        elif die.tag == "DW_TAG_subprogram" and (name := _name(die)) in structs and name not in found.structs:
+            if (frame := _frame(name, die)) is not None:
+                found.structs[name] = frame
         elif die.tag == "DW_TAG_enumerator" and (name := _name(die)) in values:
             found.values.setdefault(name, int(die.attributes["DW_AT_const_value"].value))
+
+
+def _frame(name: str, die: Any) -> Struct | None:
+    """The arguments of a function from the seventh on, as a struct above the stack pointer at its entry (x86-64); None
+    for one whose arguments this does not say, or that has no more than six. Each is a number or a pointer in DPVS."""
+    arguments = [child for child in die.iter_children() if child.tag == "DW_TAG_formal_parameter"]
+    if len(arguments) <= REGISTERS or not all(_name(argument) for argument in arguments):
+        return None
+    fields = {
+        _name(argument): (WORD * (number + 1), _size(argument.get_DIE_from_attribute("DW_AT_type")))
+        for number, argument in enumerate(arguments[REGISTERS:])
+    }
+    return Struct(name, WORD * (len(fields) + 1), fields)
 
 
 def _name(die: Any) -> str:

@@ -6,6 +6,8 @@ command line prints and exits. Modules that need a kind of their own derive it f
 that raises it.
 """
 
+import os
+
 
 class DpvsProbeError(Exception):
     """Something the user can understand and act on.
@@ -25,3 +27,13 @@ class NeedRoot(DpvsProbeError):
     """A privilege that attach cannot do without is missing."""
 
     help_text = "Run it as root: sudo dpvs-probe ..."
+    help_for_root = (
+        "We are root, but something above forbids it: a container, a security module, kernel lockdown, or capabilities"
+        " that were taken away. It takes CAP_SYS_PTRACE, CAP_BPF, CAP_PERFMON and CAP_CHECKPOINT_RESTORE, in the"
+        " host's own namespaces."
+    )
+
+    def __init__(self, message: str, *, help_text: str | None = None) -> None:
+        if help_text is None and os.geteuid() == 0:
+            help_text = self.help_for_root
+        super().__init__(message, help_text=help_text)

@@ -22,6 +22,7 @@ from probes.anatomy import (
     HANDLERS,
     IFADDR,
     LADDR,
+    LCORE,
     MESSAGE,
     MESSAGE_TYPE,
     PARAM,
@@ -46,7 +47,7 @@ from probes.evidence import (
     message_types,
     name_of,
 )
-from probes.layout import SESSION, Layout
+from probes.layout import LOOKUP, SESSION, Layout
 from probes.lists import static_nodes
 from probes.poolcheck import POOL_FIELDS, ZONE_FIELDS
 from probes.target import ReadFailed, Target
@@ -142,6 +143,8 @@ def judge_code(ledger: Ledger, layout: Layout, anatomy: Anatomy) -> None:
         ledger.prove([(SESSION, "timer")], how)
     if anatomy.shows_handler(layout):
         ledger.prove([(TIMER, "handler")], how)
+    if anatomy.shows_lookup(layout):
+        ledger.prove([(LOOKUP, LCORE)], how)
     if anatomy.shows_by_node(layout, "list", ("addr", "iface")):
         ledger.prove([(LADDR, "list"), (LADDR, "addr"), (LADDR, "iface")], how)
     places = anatomy.places(layout, SESSION)

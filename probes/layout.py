@@ -19,6 +19,7 @@ from probes.errors import DpvsProbeError
 
 FORMAT = 1
 SESSION = "dp_vs_conn"
+LOOKUP = "dp_vs_service_lookup"  # a function, as a struct of what its caller puts on the stack
 _NAME = re.compile(r"^\w[\w.-]*$")
 
 

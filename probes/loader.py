@@ -16,6 +16,7 @@ import mmap
 import os
 import platform
 import re
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -47,8 +48,9 @@ log = logging.getLogger(__name__)
 
 class BccMissing(DpvsProbeError):
     help_text = (
-        "Install it with: apt install python3-bpfcc (the package called bcc on PyPI is something else). "
-        "attach --scan-only does without."
+        "Install it with: apt install python3-bpfcc (the package called bcc on PyPI is something else). It is for"
+        " /usr/bin/python3, and for a virtual environment that this made with --system-site-packages."
+        " attach --scan-only does without."
     )
 
 
@@ -295,7 +297,7 @@ class Program:
 def available() -> None:
     """Raise what is missing to compile a probe program on this machine: bcc, headers, root."""
     if importlib.util.find_spec("bcc") is None:
-        raise BccMissing("the Python package bcc is not installed")
+        raise BccMissing(f"{sys.executable} has no Python package bcc")
     _import_bcc()
     if not os.environ.get(SOURCE_VARIABLE) and not kernel_headers() and not api_headers():
         raise HeadersMissing("there are neither headers of the running kernel nor linux-libc-dev")

@@ -17,7 +17,7 @@ from typing import Any
 
 from probes import dwarf
 from probes.errors import DpvsProbeError
-from probes.layout import FORMAT, Layout
+from probes.layout import FORMAT, LOOKUP, Layout, Struct
 
 MODEL = "1.10.2"
 SOCKOPT_VERSION = 0x10000  # SOCKOPT_VERSION, include/conf/sockopts.h or ctrl.h; the same from 1.7 to 1.10
@@ -27,6 +27,14 @@ HEADERS = (
 )  # fmt: skip
 SOURCES = ("src/ipvs/ip_vs_laddr.c",)  # struct dp_vs_laddr is in no header
 FLAG = "DPVS_CONN_F_"
+# The function that finds services, by the arguments that it has in releases: what is on the stack then, and its size.
+LOOKUP_ARGUMENTS = (
+    "int, uint16_t, const union inet_addr *, uint16_t, uint32_t, const struct rte_mbuf *, const struct dp_vs_match *"
+)
+LOOKUPS = {
+    "lcoreid_t": Struct(LOOKUP, 24, {"match": (8, 8), "cid": (16, 1)}),
+    "bool *, lcoreid_t": Struct(LOOKUP, 32, {"match": (8, 8), "outwall": (16, 8), "cid": (24, 1)}),
+}
 OURS = "INJECTED"  # our own flag: DPVS must have none of that value
 STOCK = ("-DDPVS_MAX_SOCKET=2", "-DDPVS_MAX_LCORE=64", "-DCONFIG_DPVS_LOG", "-DCONFIG_DPVS_PDUMP", "-D__DPVS__")
 
@@ -55,6 +63,11 @@ def of_tree(tree: Path, includes: Sequence[Path], flags: Sequence[str], releases
             *(f"#ifdef {n}\nenum {{ probe_{n} = {n} }};\n#endif" for n in (*flag_names, *ids, "SOCKOPT_VERSION")),
             *(f'#include "{tree / name}"' for name in SOURCES if (tree / name).is_file()),
             *(f"struct {name} *probe_{name};" for name in wanted),
+            *(
+                f"enum {{ probe_lookup_{n} = __builtin_types_compatible_p(__typeof__({LOOKUP}),"
+                f" struct dp_vs_service *({LOOKUP_ARGUMENTS}, {rest})) }};"
+                for n, rest in enumerate(LOOKUPS)
+            ),
         ]
     )  # fmt: skip
     options = [
@@ -66,8 +79,12 @@ def of_tree(tree: Path, includes: Sequence[Path], flags: Sequence[str], releases
         built = place.with_suffix(".o")
         _compile([*options, "-g", "-O0", "-c", "-fno-eliminate-unused-debug-types", str(place), "-o", str(built)])
         version = _compile([*options, "-E", "-P", str(place)])
-        values = [*flag_names, *ids, *(f"probe_{n}" for n in (*flag_names, *ids, "SOCKOPT_VERSION"))]
+        lookups = [f"probe_lookup_{n}" for n in range(len(LOOKUPS))]
+        values = [*flag_names, *ids, *(f"probe_{n}" for n in (*flag_names, *ids, "SOCKOPT_VERSION")), *lookups]
         found = dwarf.read(built, wanted, values)
+        for name, struct in zip(lookups, LOOKUPS.values(), strict=True):
+            if found.values.get(name):
+                found.structs[LOOKUP] = struct
     year, month = (re.search(rf"probe_{part} = ([0-9]+)", version) for part in ("year", "month"))
     dpdk = f"{int(year[1]):02}.{int(month[1]):02}" if year and month else "unknown"
     return _content(found, releases, dpdk, [*STOCK, *flags])

@@ -64,11 +64,16 @@ class Reader:
         self._decoder.detail = True
         self._decoded: dict[int, Any] = {}
         self._left = 0
+        self._frame: str | None = None
         self._results: dict[tuple[int, tuple[tuple[int, Value], ...]], Value | None] = {}
 
-    def follow(self, address: int, arguments: Mapping[int, str]) -> None:
-        """Add to ``found`` what the function at ``address`` does with these arguments: number from 0 -> its name."""
-        self._left = MAX_INSTRUCTIONS
+    def follow(self, address: int, arguments: Mapping[int, str], frame: str | None = None) -> None:
+        """Add to ``found`` what the function at ``address`` does with these arguments: number from 0 -> its name.
+
+        ``frame``: a name for what its caller put on the stack, from the seventh argument on: the access to it is noted
+        as ((frame,), offset, bytes), the offset from the stack pointer at entry, where the return address is.
+        """
+        self._left, self._frame = MAX_INSTRUCTIONS, frame
         registers: dict[int, Value] = {_ARGUMENTS[n]: ((name,), 0) for n, name in arguments.items()}
         self._function(address, registers, 0)
 
@@ -119,7 +124,7 @@ class Reader:
         after = ins.address + ins.size
         for operand in operands:
             if operand.type == x86.X86_OP_MEM and ins.id not in (x86.X86_INS_LEA, x86.X86_INS_NOP):
-                self._note(operand, state)
+                self._note(operand, state, depth)
         if ins.group(capstone.CS_GRP_RET) or ins.id in (x86.X86_INS_UD2, x86.X86_INS_HLT):
             return []
         if ins.group(capstone.CS_GRP_JUMP):
@@ -213,10 +218,14 @@ class Reader:
                 return ((*place[0], place[1]), 0)
         return None
 
-    def _note(self, operand: Any, state: State) -> None:
+    def _note(self, operand: Any, state: State, depth: int) -> None:
         place = self._place(operand, state)
-        if place is not None and place[0] != STACK:
+        if place is None:
+            return
+        if place[0] != STACK:
             self.found.add((place[0], place[1], int(operand.size)))
+        elif self._frame is not None and depth == 0 and place[1] > 0:
+            self.found.add(((self._frame,), place[1], int(operand.size)))
 
 
 def _array(of: Value) -> Value:

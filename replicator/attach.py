@@ -35,6 +35,7 @@ from probes.loader import RING_PAGES, Probes
 from probes.memory import SessionPool
 from probes.packets import FLOWS, Packets
 from probes.packets import Mode as XdpMode
+from probes.processors import KeptOff
 from probes.proof import Injection, LayoutDisproved, Proof, prove
 from probes.sites import session_sites
 from probes.target import Target
@@ -135,6 +136,7 @@ class Options:
     hash_points: int = POINTS
     away_ns: int = AWAY_NS
     metrics: str | None = None  # where to show them
+    spare_workers: bool = True  # run on none of the processors that DPVS's workers run on
     source: Source | None = None
 
     @property
@@ -234,6 +236,8 @@ class Attachment:
         # Look, and refuse. Nothing here changes the target.
         target = stack.enter_context(Target.open(options.pid))
         stack.enter_context(options.run_dir.lock(options.pid))
+        if options.spare_workers:
+            stack.callback(KeptOff(target.worker_cpus().values()).close)
         layout, source = choose(target, options.layout)
         log.info("layout %s, %s", layout.name, source)
         if wrong := faults(layout):

@@ -85,7 +85,8 @@ def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 def cli() -> None:
     """Keeps the sessions of a DPVS load balancer alive when the machine under it dies.
 
-    Start `dpvs-probe attach` next to each DPVS; the other commands ask a running attach. All but `decode` need root.
+    Start `dpvs-probe attach` next to each DPVS; the other commands ask a running attach. What looks at a DPVS or asks
+    an attach needs root.
     """
 
 

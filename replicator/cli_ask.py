@@ -10,7 +10,7 @@ import click
 from probes.errors import DpvsProbeError
 from replicator import render
 from replicator.admin import ask
-from replicator.console import json_option, pid_option, request, run_dir_option, show
+from replicator.console import json_option, pid_option, request, run_dir_option, show, wait_option
 from replicator.rundir import RunDir
 
 DETACH_S = 30.0
@@ -62,10 +62,7 @@ def peers(pid: int | None, run_dir: str | None, as_json: bool, verbose: bool) ->
 @pid_option
 @run_dir_option
 @json_option
-@click.option(
-    "--wait", type=click.FloatRange(0, 50), default=10.0, show_default=True, metavar="SECONDS",
-    help="Wait so long for what DPVS refuses because addresses or services are not there yet.",
-)  # fmt: skip
+@wait_option
 def promote(pid: int | None, run_dir: str | None, as_json: bool, wait: float) -> int:
     """The addresses come to this node: put all that its peers have into DPVS, and say how many and how long it took.
 

@@ -128,7 +128,10 @@ STATES = tuple(dict.fromkeys(TCP_STATES + UDP_STATES))
     "--metrics", metavar="[ADDRESS:]PORT",
     help="Show metrics to Prometheus there, at /metrics; a port alone is on the loopback interface. Not if not given.",
 )  # fmt: skip
-@click.option("--node", help="Name of this node, not used by any peer; the host name if not given.")
+@click.option(
+    "--node",
+    help="Name of this node where it has no keys, not used by any peer; the host name if not given.",
+)
 @run_dir_option
 @click.option("--layout", help="Use this struct layout instead of the one that fits; it is proven all the same.")
 @click.option(
@@ -168,6 +171,10 @@ STATES = tuple(dict.fromkeys(TCP_STATES + UDP_STATES))
     "--store-flush", type=Seconds(0, 3600), default=0.0, show_default=True, metavar="SECONDS",
     help="Write the store through to its device that often; 0 leaves that to the kernel, which loses nothing unless"
     " the machine itself stops.",
+)  # fmt: skip
+@click.option(
+    "--spare-workers/--no-spare-workers", default=True, show_default=True,
+    help="Run on none of the processors that DPVS's workers run on, where at least two others are left.",
 )  # fmt: skip
 @packet_options
 @click.option("-v", "--verbose", cls=Live, is_flag=True, help="Say more, with the name of the part that says it.")
@@ -316,5 +323,6 @@ class Given:
             store_flush_ns=int(values["store_flush"] * 1e9),
             version=version(),
             metrics=values["metrics"],
+            spare_workers=values["spare_workers"],
             source=self,
         )

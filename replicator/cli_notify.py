@@ -45,7 +45,7 @@ def ready(pid: int | None, run_dir: str | None, wait: float, follow: bool, **tol
     """Whether this node may get traffic: its own sessions are read, and those of its peers are here.
 
     Exit status 0 if it is ready, else 1; what is waited for is said. Once ready, a node stays so until its DPVS ends.
-    Peers that do not come are waited for 10 seconds after the start.
+    Peers that do not come are waited for 10 seconds after the start. --wait waits for an attach to start, too.
     """
     if follow:
         return _follow(pid, run_dir, **told)
@@ -53,15 +53,21 @@ def ready(pid: int | None, run_dir: str | None, wait: float, follow: bool, **tol
         raise click.UsageError("--file and --run need --follow")
     deadline = time.monotonic() + wait
     while True:
-        (line,) = request(pid, run_dir, "status")
-        if line["ready"]:
-            injection = line["injection"]
-            standby = isinstance(injection, dict) and injection.get("role") == "standby"
-            show(["ready, standby" if standby else "ready"])
-            return 0
-        if time.monotonic() >= deadline:
-            show([f"not ready: {line['waiting_for'] or 'DPVS has ended'}"])
-            return 1
+        late = time.monotonic() >= deadline
+        try:
+            (line,) = request(pid, run_dir, "status")
+        except (NotAttached, AdminError):  # it may be about to start, or between two DPVS
+            if late:
+                raise
+        else:
+            if line["ready"]:
+                injection = line["injection"]
+                standby = isinstance(injection, dict) and injection.get("role") == "standby"
+                show(["ready, standby" if standby else "ready"])
+                return 0
+            if late:
+                show([f"not ready: {line['waiting_for'] or 'DPVS has ended'}"])
+                return 1
         time.sleep(0.1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from replicator import render
-from replicator.console import json_option, pid_option, request, run_dir_option, show
+from replicator.console import json_option, pid_option, request, run_dir_option, show, wait_option
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,10 +36,7 @@ def save(file: Path, pid: int | None, run_dir: str | None, as_json: bool) -> Non
 @pid_option
 @run_dir_option
 @json_option
-@click.option(
-    "--wait", type=click.FloatRange(0, 50), default=10.0, show_default=True, metavar="SECONDS",
-    help="Wait so long for what DPVS refuses because addresses or services are not there yet.",
-)  # fmt: skip
+@wait_option
 @click.option("--partly", is_flag=True, help="Take what is whole of a file that is damaged.")
 @click.option("--node", metavar="NAME", help="Take the file of that node, whose traffic comes to this one from now on.")
 @click.argument("file", type=click.Path(dir_okay=False, exists=True, path_type=Path))

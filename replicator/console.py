@@ -23,6 +23,10 @@ run_dir_option = click.option(
     help="Where running attaches keep their admin sockets; /run/dpvs-probe by default.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON, one object a line.")
+wait_option = click.option(
+    "--wait", type=click.FloatRange(0, 50), default=10.0, show_default=True, metavar="SECONDS",
+    help="Wait so long for what DPVS refuses because addresses or services are not there yet.",
+)  # fmt: skip
 
 
 def version() -> str:

@@ -481,7 +481,7 @@ class Injector:
             c.retry[slots[both[verdict == UNKNOWN]]] = True  # the table does not say yet
         again = upsert & new & (codes == abi.Code.UPDATED)
         if len(self._copies) > 1 and again.any():
-            ownership.moved(pick(batch.records, again), node_id, self._now_ns)
+            ownership.moved(pick(batch.records, again), slots[again], c.has, node_id, self._now_ns)
         later = (codes >= abi.RETRYABLE) & (codes < abi.PERMANENT)
         c.retry[slots[give & later]] = True
         done = np.flatnonzero(give & np.isin(codes, (abi.Code.YIELDED, abi.Code.ABSENT)))
@@ -490,9 +490,11 @@ class Injector:
             ownership.released(pick(batch.records, done), self._now_ns, yielded=int(np.count_nonzero(yielded)))
             if not self.promotion.puts_in:
                 return  # it is left to end: packets that still come here would be reset without it
-            at = slots[done]
-            c.installed[at[yielded]] = words(pick(batch.records, done[yielded]))[:, _FIRST:_LAST]
+            at, given = slots[done], pick(batch.records, done[yielded])
+            c.installed[at[yielded]] = words(given)[:, _FIRST:_LAST]
             c.has[at[yielded]] = c.waits[at] = True  # the next look puts it in, refreshes it or takes it out
+            if len(self._copies) > 1:
+                ownership.moved(given, at[yielded], c.has, node_id, self._now_ns)
 
     def _send(self, c: _Copies, slots: Slots) -> None:
         """Bring DPVS to what the replica says of these slots: delete what was, then make what is."""

@@ -311,7 +311,10 @@ class Outbound:
         elif isinstance(event, Syncing):
             log.info("sending all sessions to peer %s: %s", self.node, WHY[event.reason], extra=self._fields)
         elif isinstance(event, Synced):
-            log.info("peer %s has all %d sessions, after %.0f ms", self.node, event.sessions, event.took_ns / 1e6)
+            took_ms = event.took_ns / 1e6
+            log.info(
+                "peer %s has all %d sessions, after %.0f ms", self.node, event.sessions, took_ms, extra=self._fields
+            )
         elif isinstance(event, Down):
             self.counters.note(event)
             who = f"peer {self.node} ({self._dialer.address})" if self.node else f"peer {self._dialer.address}"
@@ -322,8 +325,7 @@ class Outbound:
 
     @property
     def _fields(self) -> dict[str, dict[str, str | None]]:
-        """For the journal."""
-        return {"fields": {"PEER": self.node, "PEER_ADDRESS": self._dialer.address}}
+        return journal_fields(self.node, self._dialer.address)
 
     def _trouble(self, what: str) -> None:
         if not self.note:
@@ -332,6 +334,11 @@ class Outbound:
         if what != self._said:
             self._said = what
             log.warning("%s; trying again until it works", what, extra=self._fields)
+
+
+def journal_fields(node: str | None, address: str) -> dict[str, dict[str, str | None]]:
+    """For ``extra`` of a log entry: whose link it is about, for the journal."""
+    return {"fields": {"PEER": node, "PEER_ADDRESS": address}}
 
 
 class _Inbound:
@@ -360,18 +367,24 @@ class _Inbound:
             self.node, self.since_ns = event.peer.node, self._clock()
             self._counters(self.node)["connections"] += 1
             self._said.clear()
-            log.info("peer %s (%s) is up, it sends us its sessions", self.node, self.connection.remote)
+            fields, remote = self._fields, self.connection.remote
+            log.info("peer %s (%s) is up, it sends us its sessions", self.node, remote, extra=fields)
         elif isinstance(event, Synced):
-            log.info("%d sessions of peer %s are here, after %.0f ms", event.sessions, self.node, event.took_ns / 1e6)
+            fields, took_ms = self._fields, event.took_ns / 1e6
+            log.info("%d sessions of peer %s are here, after %.0f ms", event.sessions, self.node, took_ms, extra=fields)
         elif isinstance(event, Down):
             self._counters(self.node).note(event)
             if event.refused is not None:
                 side = "ended the link" if event.by_peer else "is refused"
                 self._complain(f"peer {self.node or self.connection.remote.rpartition(':')[0]} {side}: {event.why}")
             elif self.node is not None:
-                log.warning("peer %s is gone (%s); its sessions are kept", self.node, event.why)
+                log.warning("peer %s is gone (%s); its sessions are kept", self.node, event.why, extra=self._fields)
             else:
                 log.debug("connection from %s came to nothing: %s", self.connection.remote, event.why)
+
+    @property
+    def _fields(self) -> dict[str, dict[str, str | None]]:
+        return journal_fields(self.node, self.connection.remote)
 
     def _complain(self, what: str) -> None:
         """Once, as a refused peer comes again every two seconds."""
@@ -379,7 +392,7 @@ class _Inbound:
             if len(self._said) >= MAX_SAID:
                 self._said.clear()
             self._said.add(what)
-            log.warning("%s", what)
+            log.warning("%s", what, extra=self._fields)
 
 
 class Links:

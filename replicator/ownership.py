@@ -9,11 +9,12 @@ Rules (docs/ownership.md has the reasons)
   that: the next packet makes it live, with a claim above all that were heard.
 - The node that is right does nothing. The other one will learn of the claim and give way.
 - A session that moves from one peer to another is a deletion at the first: the copy here stands for the second by then,
-  so it stays.
+  so it stays. That the second has it is noted when its copy is found to be here already, or is made of our session.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -101,6 +102,17 @@ def _in_order(hashes: Hashes, slots: Slots) -> tuple[Hashes, Slots]:
     return hashes[order], slots[order]
 
 
+@dataclass(frozen=True)
+class _Moved:
+    """Copies here that stand for sessions of one node now, in order of their hashes."""
+
+    until_ns: int
+    node_id: int
+    hashes: Hashes
+    slots: Slots  # in that node's pool
+    has: Bools  # by such a slot: a copy still stands here for that node
+
+
 class Ownership:
     """Compares what peers claim with what this node has."""
 
@@ -108,7 +120,7 @@ class Ownership:
         """``release``: ``collector.collector.Collector.release``."""
         self._table, self._node_id, self._release = table, node_id, release
         self._index = TupleIndex(table)
-        self._moved: deque[tuple[int, int, Hashes]] = deque()  # until when, whose they are now, which
+        self._moved: deque[_Moved] = deque()
         self.counters: Counter[str] = Counter(kept=0, yielded=0, unknown=0, moved=0)
 
     def hear(self, claims: npt.NDArray[np.uint32]) -> None:
@@ -142,23 +154,28 @@ class Ownership:
         if len(slots):
             self._release(slots, now_ns)
 
-    def moved(self, records: Records, node_id: int, now_ns: int) -> None:
-        """Copies that were here already stand for sessions of this node now, which carried them on."""
-        gone = carried(records)
-        if gone.any():
-            until_ns = now_ns + MOVED_NS
-            self._moved.append((until_ns, node_id, np.sort(inbound_hash(words(records)[gone]))))
+    def moved(self, records: Records, slots: Slots, has: Bools, node_id: int, now_ns: int) -> None:
+        """Copies that were here already stand for sessions of this node now, which carried them on.
+
+        ``slots``: of n sessions, in that node's pool; ``has``: by such slots, where a copy stands here for that node,
+        looked at when ``stay`` is asked.
+        """
+        which = np.flatnonzero(carried(records))
+        if len(which):
+            hashes = inbound_hash(words(records)[which])
+            order = np.argsort(hashes)
+            self._moved.append(_Moved(now_ns + MOVED_NS, node_id, hashes[order], slots[which[order]], has))
 
     def stay(self, rows: Words, node_id: int, now_ns: int) -> Bools:
         """Which of n sessions, rows (n, 18), that ended at a node stand for another node's by now."""
-        while self._moved and self._moved[0][0] < now_ns:
+        while self._moved and self._moved[0].until_ns < now_ns:
             self._moved.popleft()
         stay = np.zeros(len(rows), np.bool_)
         if self._moved and len(rows):
             keys = inbound_hash(rows)
-            for _, holder, hashes in self._moved:
-                if holder != node_id:
-                    at = np.minimum(np.searchsorted(hashes, keys), len(hashes) - 1)
-                    stay |= hashes[at] == keys
+            for moved in self._moved:
+                if moved.node_id != node_id:
+                    at = np.minimum(np.searchsorted(moved.hashes, keys), len(moved.hashes) - 1)
+                    stay |= (moved.hashes[at] == keys) & moved.has[moved.slots[at]]
             self.counters["moved"] += int(np.count_nonzero(stay))
         return stay

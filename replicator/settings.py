@@ -262,7 +262,8 @@ def read(path: str, settings: Mapping[str, click.Option], *, required: bool) -> 
 
 # --- what is in force -------------------------------------------------------------------------------------------------
 
-# Given all values by parameter name: keys with what is wrong about them together.
+# Given all values by parameter name: keys with what is wrong. A plain click.UsageError is about several settings
+# together, anything else about that one.
 Conflicts = Callable[[Mapping[str, Any]], Iterator[tuple[str, Exception]]]
 
 
@@ -344,8 +345,11 @@ class Configuration:
     def _read(self) -> tuple[dict[str, Any], dict[str, str]]:
         file = read(self.path, self.settings, required=self._required)
         values, origins = self._merged(file)
-        if not file.mistakes and self._conflicts is not None:
+        readable = not file.mistakes
+        if self._conflicts is not None:
             for key, error in self._conflicts(values):
+                if not readable and (type(error) is click.UsageError or key not in file.entries):
+                    continue  # of several settings, some of which may be what could not be read
                 if key not in file.entries or origins[key] != place(file.path, file.entries[key].line):
                     raise error
                 said = error.message if isinstance(error, click.ClickException) else str(error)

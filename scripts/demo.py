@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two DPVS nodes, a client, a real server, live connections, and kill -9 of the node that carries them: twice.
 
-First without replication, so that one sees what is lost; then with it. See scripts/demo.
+First without replication, so that one sees what is lost; then with it. Or, with --stay, a pair that is left running for
+whoever wants to try the commands on it. See scripts/demo.
 """
 
 import argparse
@@ -16,13 +17,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.lab.node import Settings
-from tests.lab.pair import Pair, hugepages_for, memory_mib
+from tests.lab.pair import Pair, SteadyRun, hugepages_for, memory_mib
 from tests.lab.process import LabError, wait_for
 from tests.lab.run import Run
 
 LINE_INTERVAL_S = 0.1
 STALL_S = 8.0
 REPLICATED_WITHIN_S = 10.0
+STAY_S = 24 * 3600.0  # the longest look around
+PROGRAMS = Path(__file__).resolve().parents[1] / ".venv/bin"
 
 
 class Paint:
@@ -177,6 +180,59 @@ def show(run: Run, kind: str, connections: int, seconds: float) -> list[str]:
     return verdict(control, replicated)
 
 
+def stay(run: Run, kind: str, connections: int) -> list[str]:
+    """A pair that works, to try commands on, until Ctrl-C. Why connections did not live; empty when they did."""
+    settings = Settings(memory_mib=memory_mib(kind), established_timeout_s=300)
+    with Pair(run, kind=kind, settings=settings) as pair:
+        pair.replicate(both=True)
+        pair.request()
+        steady = pair.steady(connections, seconds=STAY_S, interval=LINE_INTERVAL_S, stall=STALL_S)
+        copies = wait_for_copies(pair, connections)
+        step(f"{connections} connections talk through node a; node b has {copies} of its sessions as standby copies")
+        say("\n".join(["", *to_try(pair), ""]))
+        until_interrupted(pair, steady)
+        outcome = steady.finish(STALL_S * 3)
+    alive = outcome["alive"]
+    text = f"{alive} of {connections} connections alive"
+    step(paint.good(text) if alive == connections else paint.bad(text))
+    return [] if alive == connections else [f"only {text}"]
+
+
+def to_try(pair: Pair) -> list[str]:
+    """What to type in another terminal."""
+    peer = f"{pair.b.run_directory}/{pair.b.pid}.sock"
+    tries = (
+        (f"export PATH=$PATH:{PROGRAMS}", ""),
+        (f"export DPVS_PROBE_RUNDIR={pair.a.run_directory}", "node a is asked from now on"),
+        ("dpvs-probe status", "how it is doing"),
+        ("dpvs-probe peers", "its links: to node b, and from it"),
+        ("dpvs-probe sessions --limit 5", "what it knows"),
+        ("dpvs-probe top", "all of it, live, until Ctrl-C"),
+        ("dpvs-probe ready", "whether it may get traffic"),
+        (f"dpvs-probe drill --peer {peer}", "a failover rehearsed, without a packet"),
+        (f"kill -9 {pair.a.pid}", "lose node a: the routes move to node b"),
+        (f"export DPVS_PROBE_RUNDIR={pair.b.run_directory}", "node b is asked from now on"),
+    )
+    width = max(len(words) for words, _ in tries if len(words) < 40)
+    lines = [f"      {words:<{width}}  # {what}" if what else f"      {words}" for words, what in tries]
+    return ["   Try, in another terminal, as root:", "", *lines, "", "   Ctrl-C here ends all of it."]
+
+
+def until_interrupted(pair: Pair, steady: SteadyRun) -> None:
+    """Until Ctrl-C, or the end of all connections; the routes move when node a ends, as a router's would."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it would be ignored
+    moved = False
+    try:
+        while steady.process.alive:
+            if not moved and not pair.a.alive:
+                moved = True
+                pair.active("b")
+                step(paint.strong("node a has ended, and the routes move to node b"))
+            time.sleep(0.02)
+    except KeyboardInterrupt:
+        say()
+
+
 def end_cleanly_on_sigterm() -> None:
     """SIGTERM gives everything back first; in a forked helper (pyroute2 ends its own that way) it just ends that."""
     ours = os.getpid()
@@ -189,6 +245,9 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=8, help="how long the connections talk, half of it before the kill"
     )
+    parser.add_argument(
+        "--stay", action="store_true", help="leave a pair with replication running, to try commands on, until Ctrl-C"
+    )
     options = parser.parse_args()
     end_cleanly_on_sigterm()
     kind = "dpvs" if os.environ.get("DPVS_BIN") else "twin"
@@ -196,7 +255,13 @@ def main() -> int:
     say(f"Two nodes ({what}), a client and a real server, each in a network namespace of its own.")
     try:
         with Run(hugepages_for(kind)) as run:
-            reasons = show(run, kind, options.connections, options.seconds)
+            if options.stay:
+                reasons = stay(run, kind, options.connections)
+            else:
+                reasons = show(run, kind, options.connections, options.seconds)
+    except KeyboardInterrupt:
+        say("interrupted; everything was given back")
+        return 130
     except (LabError, OSError, RuntimeError) as error:
         reasons = [str(error)]
     say()
@@ -204,6 +269,8 @@ def main() -> int:
         say(paint.bad("FAILED: " + "; ".join(reasons)))
         return 1
     total = options.connections
+    if options.stay:
+        return 0
     say(paint.good(f"Without replication 0 of {total} connections survived, with it {total} of {total}."))
     return 0
 

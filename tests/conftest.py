@@ -11,6 +11,7 @@ then the test fails. Tests in tests/system are marked ``system`` and need root a
 
 import dataclasses
 import os
+import signal
 from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,8 @@ SYSTEM_TIMEOUT_S = 300
 LOG_TAIL = 25
 # What is read of a twin's code is kept, but not where an installed dpvs-probe keeps it.
 os.environ.setdefault("DPVS_PROBE_CACHE", str(available.ROOT / "build" / "cache"))
+# A shell that starts a test run in the background has SIGINT ignored, and programs inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _required() -> set[str]:

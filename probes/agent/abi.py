@@ -15,7 +15,7 @@ import numpy as np
 HEADER = Path(__file__).with_name("agent_abi.h")
 
 ABI = 2
-BUILD = 4
+BUILD = 5
 MAX_RECORDS = 4096
 MAX_REQUESTS = 8
 RESULTS = 64

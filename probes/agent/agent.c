@@ -352,6 +352,11 @@ __attribute__((constructor)) static void load(void)
 		set_state(AGENT_FAILED, "a struct of the layout is larger than the agent has room for");
 		return;
 	}
+	if (config.offsets[OFF_dp_vs_service_lookup_cid] != LOOKUP_PLAIN &&
+	    config.offsets[OFF_dp_vs_service_lookup_cid] != LOOKUP_OUTWALL) {
+		set_state(AGENT_FAILED, "dp_vs_service_lookup takes other arguments than in any release");
+		return;
+	}
 	door.digest = config.digest;
 	door.worker_share = config.worker_share;
 	door.results = (uint64_t)(uintptr_t)&agent_results;

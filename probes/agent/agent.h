@@ -92,8 +92,7 @@ struct agent_dpvs {
 	void *(*dp_vs_conn_new)(void *mbuf, const void *iph, void *param, void *dest, uint32_t flags);
 	void (*dp_vs_conn_put)(void *conn);
 	void (*dp_vs_conn_put_no_reset)(void *conn);
-	void *(*dp_vs_service_lookup)(int af, uint16_t proto, const void *vaddr, uint16_t vport, uint32_t fwmark,
-				      const void *mbuf, const void *match, uint8_t cid);
+	void *dp_vs_service_lookup; /* see find_service */
 	void *(*dp_vs_dest_lookup)(int af, void *svc, const void *daddr, uint16_t dport);
 	void *(*inet_addr_ifa_get)(int af, const void *dev, void *addr);
 	void (*inet_addr_ifa_put)(void *ifa);
@@ -118,6 +117,26 @@ static inline bool address_equal(int af, const void *a, const void *b)
 {
 	/* union inet_addr holds rubbish above an IPv4 address */
 	return af == AF_INET ? memcmp(a, b, 4) == 0 : memcmp(a, b, 16) == 0; /* of known length: no call */
+}
+
+/* Up to 1.9.4 dp_vs_service_lookup has an argument more, bool *outwall before the lcore: the lcore's place on the stack says
+ * which it is (the loader has seen DPVS's own code take it from there). And UDP has one state there, NORMAL, which is 0: a
+ * copy that waits could not be told from a live one, and the states of later releases lie outside its table of timeouts. */
+enum { LOOKUP_PLAIN = 16, LOOKUP_OUTWALL = 24 };
+static inline bool is_before_1_9_6(void) { return config.offsets[OFF_dp_vs_service_lookup_cid] == LOOKUP_OUTWALL; }
+
+/* The service of a session. */
+static inline void *find_service(const struct agent_record *r, unsigned lcore)
+{
+	typedef void *(*plain)(int, uint16_t, const void *, uint16_t, uint32_t, const void *, const void *, uint8_t);
+	typedef void *(*with_outwall)(int, uint16_t, const void *, uint16_t, uint32_t, const void *, const void *,
+				      bool *, uint8_t);
+	bool outwall = false;
+
+	if (is_before_1_9_6())
+		return ((with_outwall)dpvs.dp_vs_service_lookup)(r->af, r->proto, r->vaddr, r->vport, 0, NULL, NULL,
+								 &outwall, (uint8_t)lcore);
+	return ((plain)dpvs.dp_vs_service_lookup)(r->af, r->proto, r->vaddr, r->vport, 0, NULL, NULL, (uint8_t)lcore);
 }
 
 /* Are all places of a real server taken? Asked before DPVS is, which marks a server that it finds full. */

@@ -14,7 +14,7 @@
 #define AGENT_ABI 2
 /* Goes up with each change of the agent's code: a higher one takes over from a lower one, never the other way round. */
 #ifndef AGENT_BUILD
-#define AGENT_BUILD 4
+#define AGENT_BUILD 5
 #endif
 #define AGENT_MAX_RECORDS 4096 /* records a request: 590 KiB, read and split by the master in well under a millisecond */
 #define AGENT_MAX_REQUESTS 8   /* requests outstanding */
@@ -28,6 +28,7 @@
 #define AGENT_REQUEST_MAGIC 0x3142525053565044ull /* "DPVSPRB1" */
 
 /* Every field of a DPVS struct that the agent reads or writes: FIELD(struct, field), and SIZE(struct) for whole structs.
+ * dp_vs_service_lookup is a function: its arguments from the seventh on, by their place above the stack pointer at entry.
  * The order is the index into agent_config.offsets. */
 #define AGENT_FIELDS(FIELD, SIZE) \
 	SIZE(dp_vs_conn) \
@@ -115,6 +116,7 @@
 	FIELD(dp_vs_conn_param, cport) \
 	FIELD(dp_vs_conn_param, vport) \
 	FIELD(dp_vs_conn_param, ct_dport) \
+	FIELD(dp_vs_service_lookup, cid) \
 	SIZE(dpvs_sockopts) \
 	FIELD(dpvs_sockopts, version) \
 	FIELD(dpvs_sockopts, list) \

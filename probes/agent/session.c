@@ -52,6 +52,8 @@ uint8_t check_record(const struct agent_record *r)
 
 	if (!is_kind(r) || (r->proto != IPPROTO_TCP && r->proto != IPPROTO_UDP && r->proto != IPPROTO_SCTP))
 		return CODE_UNSUPPORTED;
+	if (r->proto == IPPROTO_UDP && is_before_1_9_6())
+		return CODE_UNSUPPORTED;
 	if (r->flags & F_ONE_PACKET)
 		return CODE_UNSUPPORTED;
 	if (r->flags & F_TEMPLATE)
@@ -291,7 +293,7 @@ static uint8_t create(const struct agent_record *r, unsigned lcore, struct ahead
 	void *svc, *dest, *laddr = NULL, *conn, *template;
 	uint8_t code;
 
-	svc = dpvs.dp_vs_service_lookup(r->af, r->proto, r->vaddr, r->vport, 0, NULL, NULL, (uint8_t)lcore);
+	svc = find_service(r, lcore);
 	if (!svc)
 		return CODE_NO_SERVICE;
 	if (get32(AT(svc, dp_vs_service, af)) != r->af || get8(AT(svc, dp_vs_service, proto)) != r->proto)

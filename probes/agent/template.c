@@ -180,7 +180,7 @@ static uint8_t create(const struct agent_record *r, unsigned lcore)
 	void *svc, *dest, *template;
 	uint8_t code;
 
-	svc = dpvs.dp_vs_service_lookup(r->af, r->proto, r->vaddr, r->vport, 0, NULL, NULL, (uint8_t)lcore);
+	svc = find_service(r, lcore);
 	if (!svc || !(get32(AT(svc, dp_vs_service, flags)) & SVC_PERSISTENT))
 		return CODE_NO_SERVICE;
 	code = dest_by_address(r, svc, &dest);

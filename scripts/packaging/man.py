@@ -15,8 +15,13 @@ from pathlib import Path
 
 import click
 
+from probes.anatomy import CACHE
+from probes.choosing import DIRECTORY as LAYOUTS
 from replicator.cli import cli
 from replicator.console import version
+from replicator.keys import KEYS_DIRECTORY
+from replicator.rundir import DEFAULT as RUN_DIRECTORY
+from replicator.settings import DEFAULT_FILE
 
 PROGRAM = "dpvs-probe"
 SECTION = "8"
@@ -27,8 +32,12 @@ STATUSES = (
     ("3", "(attach) the DPVS process ended"),
 )
 FILES = (
-    ("/etc/dpvs-probe/keys", "keys of this node, made by dpvs-probe keys"),
-    ("/run/dpvs-probe", "locks and admin sockets of running attaches"),
+    (DEFAULT_FILE, "settings of attach, which the service runs by"),
+    (KEYS_DIRECTORY, "keys of this node, made by dpvs-probe keys"),
+    (str(LAYOUTS), "struct layouts that were added for builds of DPVS"),
+    (RUN_DIRECTORY, "locks and admin sockets of running attaches, and what keepalived said last"),
+    (CACHE, "what was read of DPVS's code; it may be removed at any time"),
+    ("/usr/share/doc/dpvs-probe", "README.md, where the documents begin"),
 )
 
 

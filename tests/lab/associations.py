@@ -5,6 +5,7 @@ Rules: a packet has one chunk and a right checksum (RFC 9260, appendix A: CRC32c
 The kernel answers nothing by itself as long as a raw socket of the protocol is open in the namespace.
 """
 
+import ipaddress
 import socket
 import struct
 from dataclasses import dataclass
@@ -53,43 +54,58 @@ class Seen:
     payload: bytes
 
 
-def _parsed(raw: bytes) -> Seen | None:
-    size = (raw[0] & 0xF) * 4
-    body = raw[size : int.from_bytes(raw[2:4], "big")]
+def _parsed(source: str, target: str, body: bytes) -> Seen | None:
     sport, dport = struct.unpack(">HH", body[:4])
     chunk, _, length = struct.unpack(">BBH", body[12:16])
     if int.from_bytes(body[8:12], "little") != _crc32c(body[:8] + b"\0\0\0\0" + body[12:]):
         return None
-    ends = [socket.inet_ntoa(raw[at : at + 4]) for at in (12, 16)]
-    return Seen(ends[0], ends[1], sport, dport, chunk, body[16 : 12 + length])
+    return Seen(source, target, sport, dport, chunk, body[16 : 12 + length])
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _plain(address: str) -> str:
+    return str(ipaddress.ip_address(address))
 
 
 class Side:
     """One end: sends and receives packets of all associations; to be made inside its namespace. A context manager."""
 
     def __init__(self, *addresses: str) -> None:
-        """``addresses``: of the namespace, those that it sends from."""
-        self._receiver = socket.socket(socket.AF_INET, socket.SOCK_RAW, SCTP)
-        self._receiver.settimeout(ANSWER_S)
-        self._senders = {}
+        """``addresses``: of the namespace, of either family, those that it sends from."""
+        self._receivers: dict[socket.AddressFamily, socket.socket] = {}
+        self._senders: dict[str, socket.socket] = {}
         for address in addresses:
-            self._senders[address] = socket.socket(socket.AF_INET, socket.SOCK_RAW, SCTP)
-            self._senders[address].bind((address, 0))
+            family = _family(address)
+            if family not in self._receivers:
+                receiver = self._receivers[family] = socket.socket(family, socket.SOCK_RAW, SCTP)
+                receiver.settimeout(ANSWER_S)
+                if family == socket.AF_INET6:  # whose header a raw socket does not give
+                    receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+            sender = self._senders[_plain(address)] = socket.socket(family, socket.SOCK_RAW, SCTP)
+            sender.bind((address, 0))
 
     def __enter__(self) -> "Side":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one in (self._receiver, *self._senders.values()):
+        for one in (*self._receivers.values(), *self._senders.values()):
             one.close()
 
     def send(self, source: str, target: str, content: bytes) -> None:
-        self._senders[source].sendto(content, (target, 0))
+        self._senders[_plain(source)].sendto(content, (target, 0))
 
-    def receive(self, dport: int, chunk: int) -> Seen:
+    def receive(self, family: socket.AddressFamily, dport: int, chunk: int) -> Seen:
         """The next packet to a port with such a chunk; TimeoutError without one."""
         while True:
-            seen = _parsed(self._receiver.recv(2048))
+            raw, control, _, source = self._receivers[family].recvmsg(2048, 128)
+            if family == socket.AF_INET6:
+                seen = _parsed(source[0], socket.inet_ntop(family, control[0][2][:16]), raw)
+            else:
+                size, end = (raw[0] & 0xF) * 4, int.from_bytes(raw[2:4], "big")
+                seen = _parsed(source[0], socket.inet_ntoa(raw[16:20]), raw[size:end])
             if seen is not None and (seen.dport, seen.chunk) == (dport, chunk):
                 return seen
 
@@ -107,10 +123,11 @@ class Association:
     def exchange(self, question: int, answer: int) -> Seen:
         """A chunk to the service, and one back; what the real server saw."""
         self.client.send(self.address, self.service, packet(self.port, ECHO, question, WORDS))
-        seen = self.server.receive(ECHO, question)
+        family = _family(self.service)
+        seen = self.server.receive(family, ECHO, question)
         self.server.send(seen.target, seen.source, packet(ECHO, seen.sport, answer, seen.payload))
-        back = self.client.receive(self.port, answer)
-        assert (back.source, back.sport, back.payload) == (self.service, ECHO, WORDS)
+        back = self.client.receive(family, self.port, answer)
+        assert (back.source, back.sport, back.payload) == (_plain(self.service), ECHO, WORDS)
         return seen
 
     def play(self, *steps: tuple[int, int]) -> list[Seen]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from probes.control import ControlSocket
+from probes.control import ControlSocket, ControlTimeout
 from probes.layout import Layout
 from replicator.admin import AdminError, ask
 from tests.lab import config
@@ -30,6 +30,7 @@ from tests.lab.services import Service
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTROL_S = 30.0  # polling nodes may share a CPU
+PAUSED_S = 2.0  # in which a DPVS answers that no request holds up
 LAYOUT = "1.10.2"
 PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
 SessionTuple = tuple[str, str, str, str, str]  # protocol, client, virtual, local, real server, each "address:port"
@@ -82,6 +83,7 @@ class Settings:
     pool: int = 65536
     memory_mib: int = 256
     poll: bool = False  # the twin spins as DPVS does
+    variant: str = ""  # of the twin (tests/twin/Makefile): "-outwall"
     sanitized: bool = False  # the twin and the agent with address and undefined-behaviour sanitizers
     timeouts: dict[str, int] = field(default_factory=dict)
 
@@ -329,7 +331,18 @@ class Attached:
         return found
 
     def pause(self) -> None:
-        self.process.signal(signal.SIGSTOP)
+        """Stop it, between two requests to its DPVS: of one that has begun, DPVS's master waits for the rest."""
+
+        def stopped_between() -> bool:
+            self.process.signal(signal.SIGSTOP)
+            try:
+                ControlSocket(str(self.node.ipc), self.node.layout, reply_seconds=PAUSED_S).release()
+            except ControlTimeout:
+                self.resume()
+                return False
+            return True
+
+        wait_for(f"{self.process.name} is between two requests", stopped_between, 30)
 
     def resume(self) -> None:
         self.process.signal(signal.SIGCONT)

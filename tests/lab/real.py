@@ -6,6 +6,9 @@ import re
 import subprocess
 from pathlib import Path
 
+from probes.choosing import choose
+from probes.layout import Layout
+from probes.target import Target
 from tests.lab.config import DEVICE
 from tests.lab.node import Counters, Node, RealServer
 from tests.lab.process import LabError
@@ -34,12 +37,21 @@ def binary() -> Path | None:
 class RealNode(Node):
     kind = "dpvs"
     start_timeout_s = 120.0
+    _layout: Layout | None = None
 
     def program(self) -> Path:
         found = binary()
         if found is None:
             raise LabError("set DPVS_BIN and DPVS_TOOLS to a real DPVS and its tools")
         return found
+
+    @property
+    def layout(self) -> Layout:
+        """Of the release that runs; asked of it once."""
+        if self._layout is None:
+            with Target.open(self.pid) as target:
+                self._layout = choose(target)[0]
+        return self._layout
 
     def tool(self, name: str, *arguments: str) -> str:
         """Run DPVS's own ipvsadm or dpip against this node; its output."""

@@ -66,9 +66,9 @@ def of_kind(plan: Plan, kind: str) -> list[Service]:
 
 
 def of_sctp(plan: Plan) -> list[Service]:
-    """Echo over SCTP in three modes."""
+    """Echo over SCTP in three modes, one of them in IPv6 too."""
     found = []
-    for kind in ("fnat", "nat", "dr"):
+    for kind in ("fnat", "fnat6", "nat", "dr"):
         echo = of_kind(plan, kind)[0]
         found.append(replace(echo, proto="sctp"))
     return found

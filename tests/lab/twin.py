@@ -37,11 +37,18 @@ def build_sanitized() -> None:
             raise LabError(f"{command[0]} failed:\n{done.stdout}{done.stderr}")
 
 
+def build_variants() -> Path:
+    """Build what ``Settings(variant=...)`` runs, of what is compiled already; the directory it is in."""
+    make = ["make", "-s", "-C", str(ROOT / "tests" / "twin"), f"OUT={TWIN.parent}", "variants"]
+    subprocess.run(make, check=True, timeout=300)
+    return TWIN.parent
+
+
 class TwinNode(Node):
     kind = "twin"
 
     def program(self) -> Path:
-        program = SANITIZED_TWIN if self.settings.sanitized else TWIN
+        program = SANITIZED_TWIN if self.settings.sanitized else TWIN.with_name(TWIN.name + self.settings.variant)
         if not program.exists():
             raise LabError("the twin is not built: run ./scripts/setup")
         return program

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from probes.target import Target
+from probes.target import Image, Target
 from replicator.admin import AdminError, ask
-from tests.available import ROOT, TWIN
+from tests.available import TWIN
 from tests.lab.config import text
 from tests.lab.node import COMMAND
 from tests.lab.process import Process, wait_for
+from tests.lab.twin import build_variants
 
 SESSIONS = 53
 MEMORY_MIB = 256
@@ -36,6 +37,11 @@ CONTAINER = (
     "unshare", "--pid", "--fork", "--mount-proc", "--propagation", "private", "sh", "-c",
     'mount -t tmpfs none "$0" && exec "$@"', "{inner}",
 )  # fmt: skip
+# One with debug files that the host does not have.
+WITH_DEBUG_FILES = (
+    "unshare", "--mount", "--fork", "--propagation", "private", "sh", "-c",
+    'mkdir -p /usr/lib/debug && mount --bind "$0" /usr/lib/debug && exec "$@"', "{inner}",
+)  # fmt: skip
 IN_IT = "agent 0.1.0 is in DPVS"
 
 pytestmark = [pytest.mark.needs("twin", "bpf", "agent")]
@@ -46,7 +52,7 @@ class Started:
 
     def __init__(self, directory: Path, huge: Path, program: Path, options: tuple[str, ...], within: tuple[str, ...]):
         inner = directory / "inner"
-        inner.mkdir(parents=True)
+        inner.mkdir(parents=True, exist_ok=True)
         self.directory, self.ipc = directory, inner / "dpvs.ipc"
         pid_file, conf, commands = directory / "pid", directory / "conf", directory / "commands"
         commands.write_text(SETUP.format(count=SESSIONS))
@@ -117,9 +123,7 @@ def start(tmp_path: Path, lab_run: Any, lab_pages: Any) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def built() -> Path:
     """The directory of the twin's variants; linked of what is compiled already."""
-    make = ["make", "-s", "-C", str(ROOT / "tests" / "twin"), f"OUT={TWIN.parent}", "variants"]
-    subprocess.run(make, check=True, timeout=300)
-    return TWIN.parent
+    return build_variants()
 
 
 def test_stripped_in_a_container(start: Any, tmp_path: Path) -> None:
@@ -135,6 +139,21 @@ def test_stripped_in_a_container(start: Any, tmp_path: Path) -> None:
     assert (status["layout"], status["memory"]) == ("1.10.2", "mapped")
     assert IN_IT in log
     assert "one link for all sites" in log or "probe at dp_vs_redirect_init" in log
+
+
+def test_stripped_with_a_debug_file(start: Any, built: Path, tmp_path: Path) -> None:
+    """The debug information is in a file of its own, named by the build id, where only this DPVS sees it."""
+    program, debug = tmp_path / "dpvs-bare", tmp_path / "dpvs-bare.debug"
+    shutil.copy2(built / "dpvs-twin-debug", program)
+    subprocess.run(["objcopy", "--only-keep-debug", program, debug], check=True)
+    subprocess.run(["strip", program], check=True)
+    build_id = Image(str(program)).build_id
+    place = tmp_path / "twin-0" / "inner" / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug"
+    place.parent.mkdir(parents=True)
+    debug.rename(place)
+    started = start(*HUGE, PREFIX, program=program, within=WITH_DEBUG_FILES)
+    _, log = started.seen("--scan-only")
+    assert f"debug information of /proc/{started.pid}/root/usr/lib/debug/.build-id/{build_id[:2]}/" in log, log
 
 
 def test_at_a_fixed_address_with_unlinked_pages(start: Any, built: Path) -> None:

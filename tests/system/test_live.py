@@ -20,7 +20,7 @@ from tests.lab.node import COMMAND, Node
 from tests.lab.pair import Pair
 from tests.lab.process import wait_for
 
-pytestmark = [pytest.mark.needs("bpf")]
+pytestmark = [pytest.mark.needs("bpf"), pytest.mark.dpvs]
 OPEN, PRIME = 13, 503
 TERMINAL = {"TERM": "xterm", "LINES": "50", "COLUMNS": "160"}
 

@@ -15,8 +15,9 @@ from tests.lab.net import inside
 from tests.lab.pair import Pair
 from tests.system.conftest import run
 
+PACKAGES = ("collector", "probes", "replicator")
 NEEDED = (
-    "collector/rows.pxd",
+    *(str(path.relative_to(ROOT)) for name in PACKAGES for path in ROOT.glob(f"{name}/*.pxd")),
     "probes/agent/agent.so",
     "probes/agent/agent_abi.h",
     "probes/bpf/session.bpf.c",
@@ -65,6 +66,18 @@ def test_the_wheel_holds_bpf_sources_layouts_and_agent(wheel: Path) -> None:
     shim = {str(path.relative_to(ROOT)) for path in (ROOT / "probes/bpf").rglob("*.h")}
     assert shim <= names
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
+
+
+def test_loops_are_compiled_with_their_types(installed: Path) -> None:
+    """Without the .pxd beside it a loop compiles as well, is slow, and answers in numbers that JSON does not know."""
+    script = (
+        "import numpy as np; from replicator.packing import tally; from collector.rows import __file__ as rows;"
+        "print(type(tally(np.ones(1, np.int64), 9, np.zeros(8, np.int64))).__name__, rows)"
+    )
+    done = run(
+        sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(installed)!r}); {script}", cwd=installed
+    )
+    assert done.startswith(f"int {installed}"), done
 
 
 def test_it_works_outside_the_source_tree(installed: Path) -> None:

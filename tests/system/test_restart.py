@@ -67,6 +67,28 @@ def test_a_restart_beside_a_peer(pair: Pair) -> None:
     assert (report["alive"], report["corrupted"]) == (TALKING, 0), report
 
 
+def test_a_service_brings_them_back_by_itself(pair: Pair) -> None:
+    """One dpvs-probe, told of DPVS by its pid file: it waits for the next DPVS and puts back what its store has."""
+    pair.kill("b")  # this is about one machine
+    service = attach(pair.a, "--pid-file", str(pair.a.pid_file))
+    steady = pair.steady(TALKING, stall=60)
+    wait_until_stored(pair.a, TALKING)
+    pair.network.gate(is_open=False)
+    pair.kill("a")
+    wait_for("it is not ready any more", lambda: pair.a.command("ready").returncode != 0, 10)
+    pair.start("a")
+    ready = pair.a.command("ready", "--wait", "30")
+    assert ready.returncode == 0, ready.stdout + ready.stderr + service.process.tail()
+    pair.network.gate(is_open=True)
+    status = service.status()
+    assert (status["pid"], status["probe_pid"]) == (pair.a.pid, service.process.pid)
+    assert status["store"]["restored"][0]["in_dpvs"] == TALKING, status["store"]
+    wait_for("those that talk are its own", lambda: own(pair.a) == TALKING, 30)
+    report = steady.finish()
+    assert (report["alive"], report["corrupted"]) == (TALKING, 0), report
+    assert service.stop() == 0
+
+
 def test_snapshots(pair: Pair) -> None:
     """Saved by hand from a running attach, looked at, and refused or restored."""
     pair.kill("b")

@@ -11,6 +11,7 @@ from tests.kinds.outcomes import SURVIVES, record
 from tests.lab.associations import HANDSHAKE, SHUTDOWN, SHUTDOWN_ACK, TALK, Association, Seen, Side
 from tests.lab.pair import Pair
 from tests.lab.process import wait_for
+from tests.lab.services import address
 from tests.lab.twin import TwinNode
 
 pytestmark = [pytest.mark.dpvs, pytest.mark.needs("bpf", "agent")]
@@ -30,28 +31,30 @@ def test_associations_survive_on_two_workers(pair: Pair, pair_kind: str) -> None
 
 def survive(pair: Pair, pair_kind: str, where: str) -> None:
     plan = pair.plan
-    services = {"FullNAT": plan.vip, "NAT": plan.at(4, 100), "direct routing": plan.vip_dr}
+    services = {
+        "FullNAT": plan.vip, "FullNAT, IPv6": address(plan, "fnat6"), "NAT": plan.at(4, 100),
+        "direct routing": plan.vip_dr,
+    }  # fmt: skip
+    clients = {"NAT": plan.at(3, 10), "FullNAT, IPv6": plan.at6(0, 10)}
 
     def all_talk() -> dict[tuple[str, int], Seen]:
         return {key: association.exchange(*TALK) for key, association in made.items()}
 
     with ExitStack() as stack:
         with pair.network.inside("client"):
-            client = stack.enter_context(Side(plan.client, plan.at(3, 10)))
+            client = stack.enter_context(Side(plan.client, *clients.values()))
         with pair.network.inside("server"):
-            server = stack.enter_context(Side(*plan.servers, plan.vip_dr))
+            server = stack.enter_context(Side(*plan.servers, plan.vip_dr, *plan.servers6))
         made = {
-            (mode, number): Association(
-                client, server, plan.at(3, 10) if mode == "NAT" else plan.client, 3000 + number, address
-            )
-            for mode, address in services.items()
+            (mode, number): Association(client, server, clients.get(mode, plan.client), 3000 + number, service)
+            for mode, service in services.items()
             for number in range(EACH)
         }
         for association in made.values():
             association.play(*HANDSHAKE)
         before = all_talk()
         pair.replicate()
-        copies = EACH + 2 * EACH * pair.b.workers
+        copies = 2 * EACH + 2 * EACH * pair.b.workers
         wait_for("copies on b", lambda: sctp_sessions(pair, "b") == copies, 20, 0.3)
         assert states(pair, "b") == {b"SCTP_NONE": copies}
         assert all_talk() == before

@@ -44,6 +44,7 @@ def wait_until_empty(node: Node) -> None:
 
 
 class TestEqual:
+    @pytest.mark.pair(established_timeout_s=45)
     @pytest.mark.parametrize("seed", [1, 2])
     def test_churn_in_any_pattern(self, pair: Pair, seed: int) -> None:
         probe = pair.a.probe("--no-inject")

@@ -101,14 +101,17 @@ def test_two_of_three_claim_the_same(pair: Pair, nodes: dict[str, Node]) -> None
         own, copies = zip(*(held(node) for node in nodes.values()), strict=True)
         return own[0] == 0 and sum(own) == SESSIONS and all(sum(h) == SESSIONS for h in zip(own, copies, strict=True))
 
+    # Before all three have heard of both claims it looks settled, too: the one that has not looked yet has copies.
+    wait_for("a gave way to the one", lambda: yielded(a) >= SESSIONS, 60)
+    wait_for("one of the two gave way to the other", lambda: yielded(b) + yielded(c) >= SESSIONS, 60)
     wait_for("each session is one node's", settled, 60)
     tuples = [node.attached[-1].tuples() for node in (b, c)]
     assert not tuples[0] & tuples[1]
     assert len(tuples[0] | tuples[1]) == SESSIONS
-    for node in nodes.values():
-        own, copies = held(node)
-        assert (node.counters().active, node.counters().inactive) == (own, copies)
-    # a gave way to the one, and one of the two to the other
-    assert yielded(a) >= SESSIONS
-    assert yielded(b) + yielded(c) >= SESSIONS
+
+    def counted() -> bool:  # DPVS is told after the tables have agreed
+        counters = {node: node.counters() for node in nodes.values()}
+        return all((counters[node].active, counters[node].inactive) == held(node) for node in counters)
+
+    wait_for("DPVS counts them so", counted, 20)
     assert settled(), "it stays like that"

@@ -42,6 +42,25 @@ def test_systemd_takes_the_unit(unit: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_systemd_takes_the_unit_of_the_example(tmp_path: Path) -> None:
+    example = ROOT / "docs/examples/routing/dpvs-announce.service"
+    script = example.with_name("dpvs-announce")
+    path = tmp_path / example.name
+    text = example.read_text().replace("/usr/bin/dpvs-probe", str(COMMAND))
+    path.write_text(text.replace("/etc/dpvs-probe/dpvs-announce", str(script)))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (stopped,) = re.findall(r"^ExecStopPost=\S+ (.*)$", text, re.MULTILINE)
+    steps = [f"{script} {word}; ip -oneline link show dpvs-vips" for word in ("ready", stopped)]
+    script_of_all = "; ".join(
+        ["ip link add dpvs-vips type veth peer name other", *steps]
+    )  # not every kernel has dummies
+    done = subprocess.run(["unshare", "--net", "sh", "-ec", script_of_all], capture_output=True, text=True, check=True)
+    assert [",UP" in line for line in done.stdout.splitlines()] == [True, False]
+
+
 def test_the_unit_exposes_little(unit: Path) -> None:
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=yes", "--no-pager", str(unit)],

@@ -287,6 +287,10 @@ def test_ready(run: Runner, node: SimulatedNode) -> None:
     assert (ran.status, ran.out) == (0, "ready\n")
 
 
+def test_ready_of_none(run: Runner) -> None:
+    assert "no dpvs-probe attach is running" in run.complains("ready", "--wait", "0.3")
+
+
 def test_detach(run: Runner, node: SimulatedNode) -> None:
     ran = run("detach")
     assert (ran.status, ran.out) == (0, "detached from pid 4711\n")

@@ -2,6 +2,7 @@
 """One node: its answers, its end, the proof it owes, and what it does when parts of it fail."""
 
 import asyncio
+import gc
 import json
 import logging
 import threading
@@ -299,14 +300,18 @@ def test_a_long_answer_does_not_hold_up_the_loop(tmp_path: Path) -> None:
             reading = threading.Thread(target=lambda: got.extend(ask(a.admin_path, "sessions")))
             before = a.node.ticks
             reading.start()
-            worst = 0.0
+            gc.collect()
+            gc.freeze()  # as attach does: what all tests before have made is not looked through meanwhile
+            worst, start = 0.0, time.thread_time()
             while reading.is_alive():
                 began = time.thread_time()  # of this thread alone: the machine may have other things to do
                 await asyncio.sleep(0)
                 worst = max(worst, time.thread_time() - began)
+            whole = time.thread_time() - start
+            gc.unfreeze()
             assert len(got) == 20_000
             assert a.node.ticks > before + 10
-            assert worst < 0.2
+            assert worst < whole / 5, (worst, whole)
 
     run(body())
 

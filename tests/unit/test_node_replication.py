@@ -2,6 +2,7 @@
 """Two nodes on simulated DPVSes, over TCP on the loopback interface: what one has, the other gets, whatever happens."""
 
 import asyncio
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -33,6 +34,24 @@ def test_sessions_arrive_and_leave(tmp_path: Path) -> None:
             assert replica.counters["full_syncs"] == 1
 
     asyncio.run(body())
+
+
+def test_the_log_names_the_peer_on_both_sides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fields of the journal, whatever is said of a link."""
+
+    async def body() -> None:
+        async with SimulatedNode("b", tmp_path) as b:
+            async with SimulatedNode("a", tmp_path, peers=(b.address,)) as a:
+                await until(lambda: b.holds(a))
+            await until(lambda: "is gone" in caplog.text)
+
+    caplog.set_level(logging.INFO, "replicator.links")
+    asyncio.run(body())
+    said = {entry.getMessage(): entry.__dict__["fields"] for entry in caplog.records if "peer" in entry.getMessage()}
+    peers = {words: next(fields["PEER"] for text, fields in said.items() if words in text)
+             for words in ("needs all sessions", "has all", "sends us its", "sessions of peer", "is gone")}  # fmt: skip
+    assert list(peers.values()) == ["b", "b", "a", "a", "a"]
+    assert all(fields["PEER_ADDRESS"] for fields in said.values())
 
 
 def test_what_was_there_before(tmp_path: Path) -> None:

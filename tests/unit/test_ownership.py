@@ -138,7 +138,8 @@ class TestDeletions:
     def moved(self) -> tuple[World, Records]:
         world, records = World(), sessions(4)
         records["flags"][:2] |= INJECTED
-        world.ownership.moved(records, 8, 10)
+        self.has = np.ones(4, np.bool_)
+        world.ownership.moved(records, np.arange(4)[::-1], self.has, 8, 10)
         return world, records
 
     def test_copies_stay_for_the_node_that_has_the_session(self) -> None:
@@ -148,6 +149,11 @@ class TestDeletions:
     def test_they_go_when_that_node_says_so(self) -> None:
         world, records = self.moved()
         assert not world.ownership.stay(words(records), 8, 11).any()
+
+    def test_they_go_when_that_node_has_ended_its_own_before(self) -> None:
+        world, records = self.moved()
+        self.has[3] = False  # that of the first
+        assert world.ownership.stay(words(records), 7, 11).tolist() == [False, True, False, False]
 
     def test_not_for_ever(self) -> None:
         world, records = self.moved()

@@ -168,6 +168,30 @@ def test_a_session_that_moves_is_asked_again(target: Target, pool: SessionPool) 
     assert says.asked == SAMPLES + 1
 
 
+@pytest.fixture
+def copied(own: OwnPool) -> OwnPool:
+    """Each session stands on a second worker, too, where packets moved it on."""
+    for slot in range(0, 100, 2):
+        own.session(slot + 1, port=40000 + slot, lcore=2, state=4)
+        own.set(slot + 1, timeout=(7).to_bytes(8, "little") + bytes(8))
+    return own
+
+
+@pytest.mark.usefixtures("copied")
+def test_dpvs_answers_for_the_copy_on_its_first_worker(target: Target, pool: SessionPool) -> None:
+    says = Says(pool)
+    proof = prove(target, LAYOUT, pool, says, ANATOMY)  # type: ignore[arg-type]
+    assert proof.fields_ok, proof.checks
+    assert says.asked > SAMPLES  # some of them were those of the second worker
+
+
+@pytest.mark.usefixtures("copied")
+@pytest.mark.parametrize("other", [{"timeout": 60}, {"state": b"LISTEN"}, {"lport": 1}])
+def test_an_answer_that_is_no_copys_counts(target: Target, pool: SessionPool, other: dict[str, Any]) -> None:
+    proof = prove(target, LAYOUT, pool, Says(pool, **other), ANATOMY)  # type: ignore[arg-type]
+    assert [c.name for c in proof.failed] == ["sessions against DPVS"]
+
+
 def test_sessions_that_dpvs_does_not_know(target: Target, pool: SessionPool) -> None:
     says = Says(pool)
     says.missing = True

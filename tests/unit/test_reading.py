@@ -18,14 +18,14 @@ S = ("s",)
 def found(tmp_path: Path) -> Any:
     """What is found in assembler text (Intel's syntax, without prefixes) that begins at address 0 with s in rdi."""
 
-    def read(text: str, **named: Any) -> set[Access]:
+    def read(text: str, frame: str | None = None, **named: Any) -> set[Access]:
         built, raw = tmp_path / "a.o", tmp_path / "a.bin"
         source = f".intel_syntax noprefix\n{text}\n"
         subprocess.run(["as", "-o", built, "-"], input=source, text=True, check=True)
         subprocess.run(["objcopy", "-O", "binary", "-j", ".text", built, raw], check=True)
         code = raw.read_bytes()
         reader = Reader(lambda address: code[address : address + 512] if 0 <= address < len(code) else b"", **named)
-        reader.follow(0, {0: "s", 2: "third"})
+        reader.follow(0, {0: "s", 2: "third"}, frame)
         return reader.found
 
     return read
@@ -88,6 +88,20 @@ def test_where_an_argument_is_stored(found: Any) -> None:
     assert found("mov rax, rdx\nmov [rdi+16], rax\nmov [rdi+24], rsi\nret") == {
         (S, 16, 8), ((*S, "=third"), 16, 8), (S, 24, 8),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("begin", "at"),
+    [("", "rsp+16"), ("push rbx\npush rbp\nsub rsp, 40", "rsp+72"), ("push rbp\nmov rbp, rsp\nsub rsp, 64", "rbp+24"),
+     ("lea r10, [rsp+8]\nand rsp, -32", "r10+8")],
+    ids=["bare", "saved registers", "frame pointer", "aligned"],
+)  # fmt: skip
+def test_arguments_on_the_stack(found: Any, begin: str, at: str) -> None:
+    """Its own, not those of what it calls; and without a name, none."""
+    called = {(S, 0, 0), (S, 1, 1), (("third",), 0, 0)}
+    text = f"{begin}\nmovzx eax, byte ptr [{at}]\ncall 1f\nret\n1: mov rax, [rsp+24]\nmov al, [rdi+1]\nret"
+    assert found(text, frame="f") == {(("f",), 16, 1), *called}
+    assert found(text) == called
 
 
 def test_code_that_is_none(found: Any) -> None:

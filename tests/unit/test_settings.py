@@ -179,6 +179,10 @@ def test_settings_that_do_not_go_together_have_their_line(file: Path) -> None:
     assert "(and 2 more)" in str(refused.value)
     with pytest.raises(click.UsageError, match="twice"):
         given(Path("/dev/null"), "--heartbeat", "2")
+    file.write_text("[sync]\nheartbeat = 2\nheartbeat_timeout = much\nring_pages = 3\n")
+    with pytest.raises(BadConfiguration) as refused:  # what was meant by a line that cannot be read, nobody knows
+        given(file)
+    assert [mistake.line for mistake in refused.value.mistakes] == [3, 4]
 
 
 def test_a_file_that_is_named_must_be_there(tmp_path: Path) -> None:
@@ -225,7 +229,10 @@ def test_config_check(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text("[sync]\npeers = 10.0.0.2\nkees = /k\n")
     status, out, _ = run(capsys, "config", "check", str(file))
     assert status == 1
-    assert out.splitlines() == [f"{file}:3: there is no setting kees; is keys meant?"]
+    assert out.splitlines() == [
+        f"{file}:2: peers: '10.0.0.2' has no port",
+        f"{file}:3: there is no setting kees; is keys meant?",
+    ]
     file.write_text("[sync]\npeers = 10.0.0.2\n")
     status, out, _ = run(capsys, "config", "check", str(file), "--json")
     assert json.loads(out)["mistakes"] == [{"line": 2, "text": "peers: '10.0.0.2' has no port"}]

@@ -397,3 +397,11 @@ def _busy(path: Path) -> bool:
 def _span(target: Target, name: str) -> tuple[int, int]:
     address, code = target.function(name)
     return address, len(code)
+
+
+def test_root_is_not_told_to_become_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "sudo" in NeedRoot("no").help_text
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert "CAP_SYS_PTRACE" in NeedRoot("no").help_text
+    assert NeedRoot("no", help_text="this").help_text == "this"

@@ -241,9 +241,11 @@ def test_a_peer_that_takes_nothing_for_long_is_lost(kind: Kind, directory: Path)
         frame, turns, began = bytes(MIB), Turns(), time.monotonic()
         with pytest.raises(LinkLost):
             while True:
+                since = time.monotonic()
                 await near.send([frame])
                 turns.seconds()
-        assert 1 < turns.seconds() < NOTICED_S + 1
+        assert time.monotonic() - since > 1
+        assert turns.seconds() < NOTICED_S + 1
         assert time.monotonic() - began < (NOTICED_S + 3) * PATIENCE
         assert far
 
