@@ -52,6 +52,11 @@ class Pays:
         """Compress the next frame."""
         return self._on and not self._pause if self._setting is None else self._setting
 
+    @property
+    def held_back(self) -> bool:
+        """There is more to send than the way takes, and what it takes is being measured."""
+        return self._since_ns is not None and self._setting is None
+
     def waiting(self, now_ns: int, *, held_back: bool) -> None:
         """After each round of sending: is there more, and no room for it?"""
         if not held_back:

@@ -134,6 +134,11 @@ class Engine:
             self._said_ns = now_ns
         return ready
 
+    @property
+    def wants_turn(self) -> bool:
+        """``outgoing`` may have something to say, or ``next_event``, after what was just received."""
+        return True
+
     def next_deadline(self, now_ns: int) -> int | None:
         """When ``outgoing`` has to be called even if nothing happens; None while there is no connection."""
         if self.closed:

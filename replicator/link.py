@@ -181,6 +181,11 @@ class Sender(Engine):
         """Slots that the peer has to be told of."""
         return self._dirty.pending
 
+    @property
+    def held_back(self) -> bool:
+        """The way takes less than there is to say: where that is, decides about compression."""
+        return self._compress.held_back
+
     def on_the_way(self, size: int, open_ns: int) -> None:
         """What the transport says of it, before acknowledgements are heard; see ``compression``."""
         self._compress.on_the_way(size, open_ns, self._flight_bytes)
@@ -223,6 +228,19 @@ class Sender(Engine):
             "compression_trials": self._compress.trials,
             "held_back_bytes_per_s": self._compress.bytes_per_s,
         }
+
+    @property
+    def wants_turn(self) -> bool:
+        """Not after most acknowledgements, of which there are many."""
+        return bool(
+            self._dirty.pending
+            or self._ready
+            or self._events
+            or self._due is not None
+            or self._snapshot is not None
+            or self._wanted.busy
+            or self.closed
+        )
 
     def next_deadline(self, now_ns: int) -> int | None:
         """See the base; also the end of a change's wait for others, and at once while the peer waits for an answer."""

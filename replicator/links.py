@@ -48,6 +48,7 @@ MAX_SAID = 1000
 AGE_S = 1.0
 LONGEST_WAIT_S = 1.0
 PARTING_S = 0.1
+LOOK_NS = 5_000_000  # a tenth of what compression is judged by
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ class _Driver:
             if self._hears is not None:
                 self._hears()
             self._engine.receive(data, self._clock())
-            self.wake()
+            if self._engine.wants_turn:
+                self.wake()
         except Exception as error:  # as in ``_read``: the link ends, the node goes on
             self._fault = error
             self._wake.set()
@@ -230,6 +232,7 @@ class Outbound:
         self._said = ""
         self._bytes_before = 0
         self._connection: Connection | None = None
+        self._look_ns = 0  # when to look at the way, where nothing is held back
         self.note = ""
         self.node: str | None = None
         self.since_ns = clock()
@@ -298,6 +301,10 @@ class Outbound:
         }
 
     def _look_at_the_way(self) -> None:
+        now = self._clock()
+        if not self.sender.held_back and now < self._look_ns:
+            return  # asking takes longer than hearing an acknowledgement
+        self._look_ns = now + LOOK_NS
         if self._connection is not None and (way := self._connection.on_the_way()) is not None:
             self.sender.on_the_way(way.size, way.open_ns)
 

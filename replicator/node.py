@@ -47,9 +47,9 @@ from replicator.summary import summarize
 from replicator.ticker import Ticker
 from replicator.watching import Filter, Watchers, watch
 
-# Between two ticks: events come, came lately, came long ago. Shorter pauses than the first make nothing sooner: at
-# 10 000 sessions a second the processor is then busy all the time.
-BUSY_S, CALM_S, IDLE_S = 0.0003, 0.002, 0.005
+# Between two ticks: this one brought events, they came lately, not so lately, long ago. Shorter pauses than the first
+# make nothing sooner: at 10 000 sessions a second the processor is then busy all the time.
+HURRY_S, BUSY_S, CALM_S, IDLE_S = 0.00015, 0.0003, 0.002, 0.005
 CALM_AFTER_NS, IDLE_AFTER_NS = 50_000_000, 1_000_000_000
 PROOF_PAUSE_NS = 100_000_000
 LAST_WORDS_S = 1.0  # for peers, after the DPVS ended
@@ -162,6 +162,8 @@ class Node:
         self._injection_said = False
         self.readiness = Readiness(clock(), origins=parts.origins, injecting=parts.injector is not None)
         self._complete_said = False
+        self._heard = False  # the first half of a round is over, and links have their turn before the second
+        self._tick_ns = 0  # when the round began
         self.ticks = 0
         self.longest_tick_ns = 0
         self.scan_ns = 0  # spent on the scan
@@ -218,30 +220,34 @@ class Node:
 
     async def _tick_loop(self) -> None:
         with Ticker() as ticker:
-            await self._tick_until_the_end(ticker)
+            await ticker.run(self._turn)
 
-    async def _tick_until_the_end(self, ticker: Ticker) -> None:
-        while not self._target_ended:
-            now = self._clock()
-            try:
+    def _turn(self) -> float | None:
+        """One round, or one of its halves; in how many seconds the next one is due, None when there is none."""
+        if self._target_ended:
+            return None
+        now = self._clock()
+        try:
+            if not self._heard:
+                self._tick_ns = now
+                self._heard = True
                 if not self.hear(now):
-                    await asyncio.sleep(0)  # peers are told of it before anything else is done
-                    if self._target_ended:
-                        return
-                self.look(self._clock())
-            except DpvsProbeError:
-                if not self._ended():
-                    self._parts.links.halt()
-                    raise
-                self._on_target_end()  # we met its end before we were told of it
-                return
-            took = self._clock() - now
-            self.longest_tick_ns = max(self.longest_tick_ns, took)
-            if self._parts.collector.behind:
-                await asyncio.sleep(0)
-                continue
-            quiet = now - self._busy_ns
-            await ticker.pause(BUSY_S if quiet < CALM_AFTER_NS else CALM_S if quiet < IDLE_AFTER_NS else IDLE_S)
+                    return 0.0  # peers are told of it before anything else is done
+            self._heard = False
+            self.look(self._clock())
+        except DpvsProbeError:
+            if not self._ended():
+                self._parts.links.halt()
+                raise
+            self._on_target_end()  # we met its end before we were told of it
+            return None
+        self.longest_tick_ns = max(self.longest_tick_ns, self._clock() - self._tick_ns)
+        if self._parts.collector.behind:
+            return 0.0
+        quiet = self._tick_ns - self._busy_ns
+        if quiet <= 0:
+            return HURRY_S
+        return BUSY_S if quiet < CALM_AFTER_NS else CALM_S if quiet < IDLE_AFTER_NS else IDLE_S
 
     def tick(self, now_ns: int) -> None:
         """One round: what the probes say, a slice of the scan, what that means for peers, and for our own DPVS."""

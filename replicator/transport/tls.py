@@ -329,6 +329,8 @@ class TlsStream(asyncio.BufferedProtocol):
                 if not got:
                     return count, not count
                 count += got
+                if not self._incoming.pending and not self._tls.pending() and not self._incoming.eof:
+                    break  # to be told so by an error takes as long as the reading
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:

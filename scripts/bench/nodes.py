@@ -137,6 +137,8 @@ async def _receive(way: Way, address: str, pipe: Pipe, timed: bool) -> None:
                 "put_ns": put_ns,
             }
         )
+        if put_ns is not None:
+            put_ns[:] = 0
 
     asyncio.get_running_loop().add_reader(pipe.fileno(), answer)
     pipe.send(listener.address)
@@ -144,7 +146,7 @@ async def _receive(way: Way, address: str, pipe: Pipe, timed: bool) -> None:
 
 
 def _time_puts() -> Times:
-    """From now on the time at which something was put into a slot for the first time stands in this array."""
+    """From now on the time at which something was first put into a slot, since it was asked, stands in this array."""
     put_ns = np.zeros(MAX_SLOTS, np.int64)
     put = Replica.put
 
@@ -245,15 +247,26 @@ def pinned() -> Iterator[None]:
 
 
 class Schedule(Pool):
-    """A pool and a ring in which sessions are made at given times, whenever somebody looks."""
+    """A pool and a ring in which sessions are made at given times, whenever somebody looks.
+
+    All slots hold one at first, and ``settle`` leaves ``standing`` of them: every slot was used before, as in a DPVS
+    that has run for a while, whose pool goes round. Memory that is used for the first time is given by the kernel in
+    that moment, and by the host of a virtual machine, which may take 5 ms for each 2 MiB.
+    """
 
     def __init__(self, slots: int, standing: int) -> None:
         super().__init__(slots)
-        self.conns["flags"][standing:] = 0
+        self.standing = standing
         self.event_ns: Times = np.zeros(slots, np.int64)
         self._free: Slots = np.arange(standing, slots)
+        self._flags = self.conns["flags"]
         self._planned: Times = self.event_ns[:0]  # of the slots from the first of ``_free`` on
+        self._plan: Records = self._events  # what the ring says then
         self._next = self._end = 0
+
+    def settle(self) -> None:
+        """End all sessions but ``standing``."""
+        self._flags[self.standing :] = 0
 
     def plan(self, rate: int, count: int, seed: int) -> Slots:
         """From a moment from now on, ``count`` sessions in free slots at random times, ``rate`` a second; the slots."""
@@ -263,6 +276,8 @@ class Schedule(Pool):
         slots = self._free[:count]
         self._planned = time.monotonic_ns() + 50_000_000 + np.cumsum(gaps).astype(np.int64)
         self.event_ns[slots] = self._planned
+        self.announce(slots, self._planned)
+        self._plan, self._events = self._events, self._events[:0]
         return slots
 
     @property
@@ -270,15 +285,11 @@ class Schedule(Pool):
         return self._end - self._next
 
     def drain(self, maximum: int) -> Records:
-        planned = self._planned[self._next : min(self._end, self._next + maximum)]
-        due = int(np.searchsorted(planned, time.monotonic_ns()))
-        if due == 0:
-            return super().drain(maximum)
-        slots = self._free[self._next : self._next + due]
+        first = self._next
+        due = int(self._planned[first : min(self._end, first + maximum)].searchsorted(time.monotonic_ns()))
         self._next += due
-        self.conns["flags"][slots] = record.HASHED
-        self.announce(slots, planned[:due])
-        return super().drain(maximum)
+        self._flags[self._free[first : first + due]] = record.HASHED
+        return self._plan[first : first + due]
 
 
 class MarkedTable(SessionTable):

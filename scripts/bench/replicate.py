@@ -208,6 +208,8 @@ def latencies(column: Column, slots: int, seconds: float, seed: int) -> None:
         async def work() -> None:
             running = asyncio.create_task(node.run())
             await until(lambda: link.sender.settled and link.sender.peer is not None, 0.01)
+            pool.settle()
+            await until(lambda: len(table) == pool.standing and link.sender.settled, 0.01)
             peer.ask()
             for rate in RATES:
                 own_ns, began = time.process_time_ns(), time.perf_counter()
