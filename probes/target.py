@@ -12,6 +12,7 @@ import os
 import re
 import select
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,7 @@ REQUIRED = (
 )
 DEFAULT_IPC = "/var/run/dpvs.ipc"  # DPVS 1.10.2, src/main.c
 AT_ENTRY = 9
+STARTING_S = 0.5
 EM_X86_64 = 62
 IOV_MAX = 1024
 MAX_SECTIONS = 4096
@@ -227,6 +229,17 @@ class Image:
         return any(s.executable and s.vaddr <= value < s.vaddr + s.memsz for s in self.segments)
 
 
+def _entry(proc: Path) -> int | None:
+    """Run-time address of a program's entry; waits for one that is being started (execve(2)), where it is set last."""
+    deadline = time.monotonic() + STARTING_S
+    while True:
+        auxv = (proc / "auxv").read_bytes()
+        entry = dict(struct.iter_unpack("<QQ", auxv[: len(auxv) // 16 * 16])).get(AT_ENTRY)
+        if entry is not None or time.monotonic() > deadline:
+            return entry
+        time.sleep(STARTING_S / 100)
+
+
 class Target:
     """A running DPVS. Use ``with Target.open(pid) as target``; closing it only closes the pidfd."""
 
@@ -266,8 +279,8 @@ class Target:
         proc = Path(f"/proc/{pid}")
         try:
             image = Image(str(proc / "exe"))
-            auxv = (proc / "auxv").read_bytes()
             start = start_time(pid)
+            entry = _entry(proc)
         except PermissionError:
             raise NeedRoot(f"process {pid} may not be read") from None
         except FileNotFoundError:
@@ -280,9 +293,8 @@ class Target:
         if missing:
             text = f"process {pid} ({os.readlink(proc / 'exe')}) is not DPVS: it has no {missing[0]}()"
             raise NotDpvs(text, help_text=candidates.advice())
-        entry = dict(struct.iter_unpack("<QQ", auxv[: len(auxv) // 16 * 16])).get(AT_ENTRY)
         if entry is None:
-            raise NotDpvs(f"process {pid} has no entry address")
+            raise NotDpvs(f"process {pid} has no entry address", help_text="It may be starting: try again.")
         return cls(pid, pidfd, image=image, load_base=entry - image.entry, start_time=start)
 
     def close(self) -> None:

@@ -405,3 +405,25 @@ def test_root_is_not_told_to_become_root(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert "CAP_SYS_PTRACE" in NeedRoot("no").help_text
     assert NeedRoot("no", help_text="this").help_text == "this"
+
+
+def test_a_program_that_is_being_started(
+    program: Callable[..., Path], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In execve, the file of the new program is known before its entry."""
+    process, read, left = start(program()), Path.read_bytes, [3]
+
+    def early(path: Path) -> bytes:
+        if path.name != "auxv" or not left[0]:
+            return read(path)
+        left[0] -= 1
+        return bytes(32)
+
+    monkeypatch.setattr(Path, "read_bytes", early)
+    with Target.open(process.pid) as target:
+        assert target.is_code(target.symbol(REQUIRED[0]))
+    assert left == [0]
+    left[0] = 1 << 30
+    monkeypatch.setattr("probes.target.STARTING_S", 0.01)
+    with pytest.raises(NotDpvs, match="no entry address"):
+        Target.open(process.pid)
