@@ -340,6 +340,11 @@ class Injector:
         """Nothing is under way (changes may still wait in the replicas)."""
         return not self._batches
 
+    def unanswered(self) -> int:
+        """Sessions that are being put in and of which nothing is known yet: DPVS never answered for their slots."""
+        none_yet = [b.copies.code[b.slots[b.ops == abi.RecordOp.UPSERT]] == abi.Code.PENDING for b in self._batches]
+        return sum(int(np.count_nonzero(each)) for each in none_yet)
+
     def codes(self, replica: Origin) -> npt.NDArray[np.uint8]:
         """The agent's last answer for each slot of a replica (``probes.agent.abi.Code``); a view."""
         copies = self._copies.get(id(replica))

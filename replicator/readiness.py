@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whether this node has what its peers had, so that traffic may come: what a node says once, and keeps saying.
 
-Rules: ready when our own sessions are read, the first full sync of each peer that is there is in, and those sessions
-were offered to our DPVS. Peers that do not come are waited for, but not for ever: a node that comes up alone must be
-able to work. Once ready, ready: a peer that joins later changes nothing about what this node can do.
+Rules: ready when our own sessions are read, the first full sync of each peer that is there is in, and our DPVS has
+answered for each of those sessions. Peers that do not come are waited for, but not for ever: a node that comes up alone
+must be able to work. Once ready, ready: a peer that joins later changes nothing about what this node can do.
 """
 
 from collections.abc import Iterable
@@ -29,16 +29,18 @@ class Readiness:
         """That many peers are known by now."""
         self._origins = max(self._origins, origins)
 
-    def look(self, now_ns: int, *, complete: bool, replicas: Iterable[Replica], restoring: str = "") -> bool:
-        """Whether it is ready; ``complete``: our own sessions are all read; ``restoring``: what keeps those from
-        coming back that an earlier DPVS had.
+    def look(
+        self, now_ns: int, *, complete: bool, replicas: Iterable[Replica], under_way: int = 0, restoring: str = ""
+    ) -> bool:
+        """Whether it is ready; ``complete``: our own sessions are all read; ``under_way``: sessions of peers that DPVS
+        was told of and has not answered for; ``restoring``: what keeps those from coming back that an earlier DPVS had.
         """
         if not self.ready:
-            self.why = self._missing(now_ns, list(replicas)) or restoring if complete else OWN
+            self.why = self._missing(now_ns, list(replicas), under_way) or restoring if complete else OWN
             self.ready = not self.why
         return self.ready
 
-    def _missing(self, now_ns: int, replicas: list[Replica]) -> str:
+    def _missing(self, now_ns: int, replicas: list[Replica], under_way: int) -> str:
         syncing = [replica.node for replica in replicas if replica.connected and not replica.synced]
         if syncing:
             return f"the first full sync of {', '.join(sorted(set(syncing)))} is under way"
@@ -48,5 +50,5 @@ class Readiness:
             return (
                 f"{len(here)} of {self._origins} peers have sent their sessions, {left_ns / 1e9:.0f} s more for others"
             )
-        waiting = sum(replica.pending.pending for replica in replicas) if self._injecting else 0
+        waiting = sum(replica.pending.pending for replica in replicas) + under_way if self._injecting else 0
         return f"{waiting} sessions of peers are not put in yet" if waiting else ""

@@ -39,6 +39,7 @@ CONN = np.dtype(
 )  # fmt: skip
 EVENT = np.dtype([("conn", "<u8"), ("time_ns", "<u8"), ("tid", "<u4"), ("kind", "<u2"), ("flags", "<u2"), ("r", "<u8")])
 XMIT, STRIDE = 1, 704
+_STRIDE = np.uint64(STRIDE)
 
 
 class Pool:
@@ -56,14 +57,15 @@ class Pool:
         self.conns["cport"], self.conns["fnat_seq_delta"] = numbers & 0xFFFF, numbers * 7
         self.conns["timeout_s"] = 90
         self._rows = self.conns.view(f"V{CONN.itemsize}")
+        self._whole = np.ones(slots, np.bool_)
         self._events = np.zeros(0, EVENT)
         self.behind = False
 
     def slot_of(self, addresses: npt.NDArray[np.uint64]) -> Slots:
-        return (addresses // np.uint64(STRIDE)).astype(np.int64)
+        return (addresses // _STRIDE).view(np.int64)
 
     def read(self, slots: Slots) -> tuple[Records, Bools]:
-        return self._rows.take(slots).view(CONN), np.ones(len(slots), np.bool_)
+        return self._rows.take(slots).view(CONN), self._whole[: len(slots)]
 
     def scan_prints(self, first: int, last: int) -> Prints:
         part = self.conns[first:last]

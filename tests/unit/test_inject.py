@@ -363,6 +363,22 @@ def test_one_operation_per_slot_is_under_way(world: World) -> None:
     assert world.agent.sessions[1000][1] == 3
 
 
+def test_what_dpvs_has_not_answered_for(world: World) -> None:
+    world.agent.delay = 5
+    for slot in (3, 4):
+        world.replica.put(slot, 1000 + slot, 2000)
+    assert world.injector.unanswered() == 0  # not asked yet
+    world.run(2)
+    assert world.injector.unanswered() == 2
+    world.run(20)
+    assert world.injector.unanswered() == 0
+    world.replica.records["fnat_delta"][3] = 1
+    world.replica.pending.mark(np.array([3]))
+    world.run(2)
+    assert not world.injector.idle()
+    assert world.injector.unanswered() == 0  # it stands there
+
+
 def test_refresh_while_the_owner_lives_and_not_after(world: World) -> None:
     for i in range(20):
         world.replica.put(i, 1000 + i, 2000 + i)

@@ -58,6 +58,9 @@ class FakeInjector:
         refused = {"no_laddr": 2} if self.role == "promoted" else {}
         return {"role": self.role, "waiting": self.left, "installed": 5, "refused": refused, "retrying": len(refused)}
 
+    def unanswered(self) -> int:
+        return 0
+
     def counters(self) -> Mapping[str, Any]:
         return {"installed": 5}
 

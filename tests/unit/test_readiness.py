@@ -55,7 +55,9 @@ def test_what_came_has_to_be_put_in() -> None:
     assert not readiness.look(1, complete=True, replicas=[came])
     assert readiness.why == "3 sessions of peers are not put in yet"
     came.pending.clear()
-    assert readiness.look(2, complete=True, replicas=[came])
+    assert not readiness.look(2, complete=True, replicas=[came], under_way=2)
+    assert readiness.why == "2 sessions of peers are not put in yet"
+    assert readiness.look(3, complete=True, replicas=[came])
 
 
 def test_a_node_that_returns(tmp_path: Path) -> None:
