@@ -24,7 +24,7 @@ from tests import available
 pytest_plugins = ["tests.vm.remote"]
 
 SYSTEM = Path(__file__).parent / "system"
-SYSTEM_TIMEOUT_S = 300
+SYSTEM_TIMEOUT_S = 1500
 LOG_TAIL = 25
 # What is read of a twin's code is kept, but not where an installed dpvs-probe keeps it.
 os.environ.setdefault("DPVS_PROBE_CACHE", str(available.ROOT / "build" / "cache"))

@@ -18,6 +18,8 @@ from tests.fuzz import session
 from tests.fuzz.judge import judge, load
 
 SECONDS = int(os.environ.get("DPVS_PROBE_FUZZ_SECONDS", "4"))
+FIND_S = 300  # for a planted fault: the search ends with it
+REPEAT_S = 60
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.needs("fuzz"), pytest.mark.timeout(SECONDS + session.GRACE_S + 10)]
 
@@ -58,16 +60,17 @@ def test_seeds_are_the_same_each_time(name: str) -> None:
         judge(target, seed)
 
 
+@pytest.mark.timeout(FIND_S + REPEAT_S + session.GRACE_S + 10)
 @pytest.mark.parametrize(("name", "what"), [("planted", "IndexError"), ("planted_memory", "were allocated")])
 def test_a_planted_fault_is_found(name: str, what: str) -> None:
-    outcome = session.fuzz(name, 30)
+    outcome = session.fuzz(name, FIND_S)
     assert outcome.failed
     assert what in outcome.output
     assert outcome.finding is not None
     assert outcome.finding.hex() in outcome.report()
     again = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", "--repeat", name, outcome.finding.hex()],
-        cwd=session.ROOT, capture_output=True, text=True, timeout=60, check=False,
+        cwd=session.ROOT, capture_output=True, text=True, timeout=REPEAT_S, check=False,
     )  # fmt: skip
     assert again.returncode == 1
     assert what in again.stderr

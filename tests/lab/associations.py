@@ -18,7 +18,7 @@ GOODBYE = ((SHUTDOWN, SHUTDOWN_ACK),)
 TALK = (DATA, SACK)
 ECHO = 7
 WORDS = b"still here!!"
-ANSWER_S = 3.0
+ANSWER_S = 30.0  # nothing is sent again
 
 _TABLE = []
 for _byte in range(256):

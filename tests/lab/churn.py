@@ -18,6 +18,7 @@ from tests.lab.process import LabError
 LINGER_RESET = struct.pack("ii", 1, 0)
 Action = Callable[[socket.socket], None]
 BURST, BREAK_S = 100, 0.005
+OPENING_S, ANSWER_S = 60.0, 30.0  # on a busy machine
 WAYS = ("close", "half-close", "reset")
 
 
@@ -37,7 +38,7 @@ class Churn:
         for connection in self.open_ones:
             connection.close()
 
-    def open(self, count: int, timeout: float = 10) -> None:
+    def open(self, count: int, timeout: float = OPENING_S) -> None:
         """Open ``count`` connections at once, and exchange a line on each."""
         fresh = []
         with inside(self._path):
@@ -71,7 +72,7 @@ class Churn:
             connection = self.open_ones.pop(self.random.randrange(len(self.open_ones)))
             way = self.random.choice(ways)
             connection.setblocking(True)
-            connection.settimeout(5)
+            connection.settimeout(ANSWER_S)
             if way == "reset":
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
             elif way == "half-close":
@@ -84,7 +85,7 @@ class Churn:
         """Every open connection exchanges a line."""
         for connection in self.open_ones:
             connection.setblocking(True)
-            connection.settimeout(5)
+            connection.settimeout(ANSWER_S)
             connection.sendall(b"still here\n")
             if connection.recv(4096) != b"still here\n":
                 raise LabError("wrong bytes on an open connection")

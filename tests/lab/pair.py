@@ -31,6 +31,8 @@ SYNC_PORT = 7777
 REAL_MEMORY_MIB = 1024
 TWIN_MEMORY_MIB = 256
 SPARE_PAGES = 32  # DPDK wants a little more than -m says
+ANSWER_S = 30.0  # to a segment or a datagram, on a busy machine
+OPENING_S = 60
 
 
 def memory_mib(kind: str) -> int:
@@ -49,12 +51,12 @@ class SteadyRun:
         self.process = process
         self.connections = connections
 
-    def finish(self, timeout: float = 60) -> dict[str, Any]:
+    def finish(self, timeout: float = 300) -> dict[str, Any]:
         """End it now; its report."""
         self.process.signal(signal.SIGTERM)
         return self.report(timeout)
 
-    def report(self, timeout: float = 120) -> dict[str, Any]:
+    def report(self, timeout: float = 300) -> dict[str, Any]:
         """Wait for its end; its report."""
         self.process.wait(timeout)
         lines = [line for line in self.process.output().splitlines() if line.startswith("{")]
@@ -156,19 +158,19 @@ class Pair:
         self._stack.callback(process.kill)
         return process
 
-    def steady(self, connections: int = 1, *, seconds: float = 600, interval: float = 0.2, stall: float = 10,
+    def steady(self, connections: int = 1, *, seconds: float = 1800, interval: float = 0.2, stall: float = 10,
                port: int = 7, host: str | None = None) -> SteadyRun:  # fmt: skip
         """Connections that exchange lines all the time; returns once all are open."""
         process = self.spawn(
             "client", "steady", sys.executable, "-m", "tests.lab.steady", host or self.plan.vip, str(port),
             "--connections", str(connections), "--seconds", str(seconds), "--interval", str(interval),
-            "--stall", str(stall),
+            "--stall", str(stall), "--opening", str(OPENING_S),
         )  # fmt: skip
         wait_for("steady ready", lambda: "ready" in process.output() or not process.alive, 40)
         return SteadyRun(process, connections)
 
     def connect(
-        self, port: int = 7, host: str | None = None, *, timeout: float = 5, source_port: int = 0
+        self, port: int = 7, host: str | None = None, *, timeout: float = ANSWER_S, source_port: int = 0
     ) -> socket.socket:
         """One TCP connection from the client's namespace through the load balancer."""
         host = host or self.plan.vip
@@ -181,7 +183,7 @@ class Pair:
         connection.connect((host, port))
         return connection
 
-    def datagram(self, data: bytes, port: int = 53, timeout: float = 5) -> bytes:
+    def datagram(self, data: bytes, port: int = 53, timeout: float = ANSWER_S) -> bytes:
         """One UDP datagram from a port of its own; the answer."""
         with self.network.inside("client"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connection:
             connection.settimeout(timeout)
@@ -189,7 +191,7 @@ class Pair:
             connection.send(data)
             return connection.recv(65536)
 
-    def request(self, timeout: float = 5) -> bytes:
+    def request(self, timeout: float = ANSWER_S) -> bytes:
         """One HTTP request; the body."""
         with self.connect(80, timeout=timeout) as connection:
             connection.sendall(b"GET / HTTP/1.0\r\n\r\n")

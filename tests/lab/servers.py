@@ -4,26 +4,30 @@
 Rules: each keeps its port and, etcd, its data when it is started again. What is still there at the end is killed.
 """
 
+import random
 import socket
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tests.available import ETCD
 from tests.lab.process import LabError
 
 LOCALHOST = "127.0.0.1"
-START_S = 15.0
+START_S, TRIES = 90.0, 100
+PORTS = range(15_000, 30_000)  # below those that the kernel gives to connections
 
 
 def free_port() -> int:
-    """A port of TCP and UDP that nobody has now."""
-    with socket.socket() as probe, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
-        probe.bind((LOCALHOST, 0))
-        port: int = probe.getsockname()[1]
-        datagrams.bind((LOCALHOST, port))
-        return port
+    """A port of TCP and UDP that nobody has now, and no outgoing connection takes later."""
+    for port in random.sample(PORTS, TRIES):
+        with suppress(OSError), socket.socket() as probe, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+            probe.bind((LOCALHOST, port))
+            datagrams.bind((LOCALHOST, port))
+            return port
+    raise LabError(f"none of {TRIES} ports is free")
 
 
 class _Server:

@@ -30,9 +30,10 @@ STEADY = 20
 ALLOWED_KIB = 4096  # more than the noise of an allocator, and less than any leak takes in a night
 CUT_S = 4.0  # longer than heartbeat_timeout: the link is given up and made anew
 ALLOWED_FILES = 1  # a connection under way at the moment of most samples
-SETTLE_S = 30.0
+LEAST_SAMPLES, LEAST_RELOADS, LEAST_CUTS = 24, 2, 1  # a run goes on until it has them
 # What ends stays for seconds only, so that as many go as come after a few of them.
 SETTINGS = Settings(timeouts={"fin_wait": 3, "time_wait": 3, "close": 2, "close_wait": 3, "last_ack": 3})
+SETTLE_S = SETTINGS.established_timeout_s + 60  # a reset is sent once, and may be lost
 
 
 class Sample(NamedTuple):
@@ -108,6 +109,12 @@ class Report:
     copies: int = 0  # in b, of as many sessions of a, at the end
     samples: dict[str, list[Sample]] = field(default_factory=dict)
 
+    @property
+    def enough(self) -> bool:
+        """Whether it can say something."""
+        samples = min((len(each) for each in self.samples.values()), default=0)
+        return samples >= LEAST_SAMPLES and self.reloads >= LEAST_RELOADS and self.cuts >= LEAST_CUTS
+
     def lines(self) -> list[str]:
         """For a person."""
         said = [
@@ -167,7 +174,7 @@ class Soak:
         next_sample, troubles = began, self._troubles(report, trouble_s)
         next_trouble, next_word = began + next(troubles), began
         with Churn(pair.network.path("client"), pair.plan.vip, 7, seed=self.seed) as churn:
-            while (now := time.monotonic()) < began + seconds:
+            while (now := time.monotonic()) < began + seconds or not report.enough:
                 churn.open(max(1, int(rate * TICK_S)))
                 churn.close(len(churn.open_ones) - standing)
                 if now >= next_sample:
@@ -212,7 +219,7 @@ class Soak:
             node.attached[-1].peers()
             with (
                 self.pair.network.inside(name),
-                urllib.request.urlopen(f"http://{self.pair.plan.sync(name)}:{METRICS}/metrics", timeout=10) as answer,
+                urllib.request.urlopen(f"http://{self.pair.plan.sync(name)}:{METRICS}/metrics", timeout=60) as answer,
             ):
                 answer.read()
             report.scrapes += 1

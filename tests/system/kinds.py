@@ -28,7 +28,7 @@ from tests.lab.records import answers, fnat_records
 from tests.lab.services import DATAGRAM, ECHO, KINDS, address, endpoint
 
 CONNECTIONS, FLOWS = 10, 5
-ANSWER_S, TRIES = 4.0, 3
+ANSWER_S, TRIES = 4.0, 8
 COPIES_S, SETTLED_S, IDLE_S = 30.0, 40.0, 90.0
 PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 Case = tuple[str, str]  # kind, protocol
@@ -53,7 +53,7 @@ def _open(pair: Pair, case: Case, stack: ExitStack) -> Traffic:
             family = socket.AF_INET6 if ":" in where else socket.AF_INET
             made = socket.socket(family, socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM)
             stack.callback(made.close)
-            made.settimeout(5)
+            made.settimeout(30)
             made.connect((where, ECHO if proto == "tcp" else DATAGRAM))
             made.setblocking(False)
             sockets.append(made)
@@ -163,7 +163,13 @@ def failover(pair: Pair, workers: int, protocols: tuple[str, ...] = tuple(PROTOC
                 fault(one.case, f"{one.before.count(b'')} without an answer before the failover")
         size = {one.case: len(one.sockets) for one in traffic}
         copies = {case: n if KINDS[case[0]][0] == "fnat" else n * workers for case, n in size.items()}
-        seen = _until(COPIES_S, lambda: held(pair, pair.b), lambda now: all(now[c] == copies[c] for c in copies))
+        flows = [one for one in traffic if one.case[1] == "udp"]
+
+        def held_by_b() -> Counter[Case]:
+            exchange(flows)  # a flow without packets ends
+            return held(pair, pair.b)
+
+        seen = _until(COPIES_S, held_by_b, lambda now: all(now[case] == copies[case] for case in copies))
         for case, wanted in copies.items():
             if seen[case] != wanted:
                 fault(case, f"{seen[case]} copies instead of {wanted}")
@@ -172,13 +178,7 @@ def failover(pair: Pair, workers: int, protocols: tuple[str, ...] = tuple(PROTOC
         pair.active("b")
         _same(traffic, fault, "after the failover")
         _same(traffic, fault, "a second time after the failover")
-        flows = [one for one in traffic if one.case[1] == "udp"]
-
-        def settled() -> Counter[Case]:
-            exchange(flows)  # a flow without packets ends
-            return held(pair, pair.b)
-
-        seen = _until(SETTLED_S, settled, lambda now: all(now[case] == size[case] for case in size))
+        seen = _until(SETTLED_S, held_by_b, lambda now: all(now[case] == size[case] for case in size))
         counts = counted(pair, pair.b)
         status = pair.b.attached[-1].status()
         names = ("results", "under_way", "stopped", "contested", "socket_errors")

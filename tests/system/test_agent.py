@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ SOURCES = Path(loading.__file__).parent
 ENDED = {abi.Code.DELETED, abi.Code.ABSENT}
 COPIED = ("af", "af_out", "proto", "cport", "vport", "lport", "dport")
 SMALL = {"wscale_vs": 15, "wscale_rs": 15, "pp_version": 3, "pp_sent": 2}
+NEVER_MS = 3_600_000
 UPSERT, DELETE = int(abi.RecordOp.UPSERT), int(abi.RecordOp.DELETE)
 
 
@@ -62,6 +64,19 @@ def accepted(client: AgentClient) -> int:
     return int(client.door.read().data["accepted"])
 
 
+@contextmanager
+def held(target: Target) -> Iterator[None]:
+    """The thread of lcore 1 does nothing meanwhile. To be entered while that is idle: at work it may hold a lock."""
+    (worker,) = (tid for tid, lcore in target.workers().items() if lcore == 1)
+    libc, attach, detach = ctypes.CDLL(None, use_errno=True), 16, 17
+    assert libc.ptrace(attach, worker, None, None) == 0
+    os.waitpid(worker, 0x40000000)  # __WALL
+    try:
+        yield
+    finally:
+        assert libc.ptrace(detach, worker, None, None) == 0
+
+
 def outstanding(client: AgentClient, records: "np.ndarray[tuple[int], np.dtype[np.void]]") -> list[int]:
     """Hand everything over at once, as far as the agent takes it; the requests."""
     ops = np.full(abi.MAX_RECORDS, UPSERT, np.uint8)
@@ -75,6 +90,7 @@ def outstanding(client: AgentClient, records: "np.ndarray[tuple[int], np.dtype[n
 def test_one_follows_the_other(pair: Pair, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = pair.b.layout
     records = fnat_records(pair.plan, 8 * abi.MAX_RECORDS)
+    records["timeout_ms"] = 600_000  # agents are built meanwhile
     first = load(pair, target)
     assert first.door.build == abi.BUILD
     assert load(pair, target).door.address == first.door.address, "one that works is used"
@@ -93,15 +109,17 @@ def test_one_follows_the_other(pair: Pair, target: Target, tmp_path: Path, monke
     requests = outstanding(first, records)
     second = load(pair, target)
     assert second.door.address != first.door.address
-    for request in requests:
-        codes = final_codes(first, request)
-        assert set(codes.tolist()) <= {abi.Code.CREATED, abi.Code.UPDATED, abi.Code.RETIRED}
+    codes = np.concatenate([final_codes(first, request) for request in requests])
+    there = np.arange(len(records)) < 300
+    back = codes == abi.Code.RETIRED
+    assert (codes == np.where(back, abi.Code.RETIRED, np.where(there, abi.Code.UPDATED, abi.Code.CREATED))).all()
     with pytest.raises(AgentAbsent, match="newer agent took over"):
         first.hello()
     found = Door.find(target)
     assert found is not None
     assert found.address == second.door.address
-    assert set(answers(second, UPSERT, records).tolist()) == {abi.Code.CREATED, abi.Code.UPDATED}
+    fresh = back & ~there
+    assert (answers(second, UPSERT, records) == np.where(fresh, abi.Code.CREATED, abi.Code.UPDATED)).all()
 
     # And one after that goes by the trampolines of the first.
     becomes(abi.BUILD + 1)
@@ -119,18 +137,29 @@ def test_one_follows_the_other(pair: Pair, target: Target, tmp_path: Path, monke
     wait_for("nothing is left", lambda: empty(pair), 10)
 
 
-def test_retired_in_the_middle(pair: Pair, target: Target) -> None:
+def test_retired_in_the_middle(pair: Pair, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has begun it ends, what it has not comes back; woken it goes on."""
+    monkeypatch.setattr(loading, "WATCHDOG_MS", NEVER_MS)
     records = fnat_records(pair.plan, 8 * abi.MAX_RECORDS)
+    records["timeout_ms"] = 600_000
     client = load(pair, target)
     requests = outstanding(client, records)
-    with pytest.raises(AgentBusy):
-        client.submit(np.full(1, UPSERT, np.uint8), records[:1])
     client.retire()
     codes = np.concatenate([final_codes(client, request) for request in requests])
     assert set(codes.tolist()) <= {abi.Code.CREATED, abi.Code.RETIRED}
-    assert (codes == abi.Code.RETIRED).any(), "all was over before it was retired"
-    assert len(pair.b.sessions()) == np.count_nonzero(codes == abi.Code.CREATED)
+    created = np.count_nonzero(codes == abi.Code.CREATED)
+    assert len(pair.b.sessions()) == created
+
+    # It may have ended all of that by then. Of what its worker cannot begin all comes back.
+    assert load(pair, target).door.address == client.door.address
+    with held(target):
+        requests = outstanding(client, records)
+        with pytest.raises(AgentBusy):
+            client.submit(np.full(1, UPSERT, np.uint8), records[:1])
+        client.retire()
+    codes = np.concatenate([final_codes(client, request) for request in requests])
+    assert (codes == abi.Code.RETIRED).all()
+    assert len(pair.b.sessions()) == created
     with pytest.raises(AgentRefused):
         client.submit(np.full(1, UPSERT, np.uint8), records[:1])
     assert load(pair, target).door.address == client.door.address
@@ -279,15 +308,9 @@ def test_a_worker_that_does_not_answer(pair: Pair, target: Target, monkeypatch: 
     """One thread of DPVS is held: the agent notices, refuses everything for good, and says why. DPVS goes on."""
     monkeypatch.setattr(loading, "WATCHDOG_MS", 300)
     client, records = load(pair, target), fnat_records(pair.plan, 100)
-    (worker,) = (tid for tid, lcore in target.workers().items() if lcore == 1)
-    libc, attach, detach = ctypes.CDLL(None, use_errno=True), 16, 17
-    assert libc.ptrace(attach, worker, None, None) == 0
-    os.waitpid(worker, 0x40000000)  # __WALL
-    try:
+    with held(target):
         request = client.submit(np.full(len(records), UPSERT, np.uint8), records)
         wait_for("the watchdog", lambda: client.state == abi.State.POISONED, 20)
-    finally:
-        assert libc.ptrace(detach, worker, None, None) == 0
     assert client.door.error == "lcore 1 has not answered for 300 ms"
     with pytest.raises(AgentRefused, match="has not answered"):
         client.submit(np.full(1, UPSERT, np.uint8), records[:1])
@@ -301,7 +324,7 @@ def test_a_worker_that_does_not_answer(pair: Pair, target: Target, monkeypatch: 
 def test_the_benchmark_of_injection() -> None:
     """scripts/bench/inject runs to its end on the twin: all went in and out again, beside a flow that it counts."""
     command = [sys.executable, "-m", "scripts.bench.inject", "--quick", "--sessions", "10000", "--flow", "200"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = [line.split(" s ")[0].split() for line in done.stdout.splitlines() if "ns a session" in line]
     assert [" ".join(words[:2]) for words in figures] == [

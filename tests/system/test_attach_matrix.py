@@ -91,11 +91,21 @@ class Started:
     def seen(self, *options: str) -> tuple[dict[str, Any], str]:
         """Attach; status and log once all sessions are in the table and the layout is proven."""
         with self.attached(*options) as admin:
-            wait_for("all sessions in the table", lambda: len(_asked(admin)) == SESSIONS, START_S)
+            self.proven(admin)
             (status,) = ask(admin, "status")
-            log = (self.directory / "probe.log").read_text()
+            log = self.log
         assert "proven on" in log, log
         return status, log
+
+    def proven(self, admin: Path) -> None:
+        """Wait until all sessions are in the table, and the layout is proven."""
+        wait_for("all sessions in the table", lambda: len(_asked(admin)) == SESSIONS, START_S)
+        wait_for("the layout is proven", lambda: "proven on" in self.log, START_S)
+
+    @property
+    def log(self) -> str:
+        """Of who is attached."""
+        return (self.directory / "probe.log").read_text()
 
     def close(self) -> None:
         self.process.kill()
@@ -187,12 +197,11 @@ def test_two_on_a_host(start: Any, built: Path, tmp_path: Path) -> None:
     assert f"{one.pid} " in said.stderr
     assert f"{other.pid} " in said.stderr
     with one.attached("--scan-only") as first, other.attached("--scan-only") as second:
-        wait_for("the sessions of one", lambda: len(_asked(first)) == SESSIONS, START_S)
-        wait_for("the sessions of the other", lambda: len(_asked(second)) == SESSIONS, START_S)
+        one.proven(first)
+        other.proven(second)
     for started, source in ((one, "debug information of"), (other, "added for build id")):
-        log = (started.directory / "probe.log").read_text()
-        assert source in log, log
-        assert "proven on" in log, log
+        assert source in started.log, started.log
+        assert "proven on" in started.log, started.log
 
 
 def _command(*words: str, status: int = 0, **env: str) -> "subprocess.CompletedProcess[str]":

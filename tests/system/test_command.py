@@ -126,12 +126,12 @@ class TestLife:
         probe = pair.a.probe("--listen", pair.sync_address("a"))
         done = pair.a.command("detach", "--pid", str(pair.a.pid))
         assert (done.returncode, done.stdout) == (0, f"detached from pid {pair.a.pid}\n")
-        assert probe.process.wait(5) == 0
+        assert probe.process.wait(60) == 0
 
     def test_the_end_of_the_target_is_status_3(self, pair: Pair) -> None:
         probe = pair.a.probe("--no-inject")
         pair.kill("a")
-        assert probe.process.wait(5) == 3
+        assert probe.process.wait(60) == 3
 
     def test_doctor_says_yes_and_changes_nothing(self, pair: Pair) -> None:
         before = fingerprint(pair.a)
@@ -182,8 +182,8 @@ class TestLife:
             connection.sendall(b"x")
             connection.recv(1)
             pair.datagram(b"y")
-            wait_for("two sessions", lambda: len(probe.sessions()) == 2, 3)
-            (row,) = wait_for("ESTABLISHED", lambda: probe.sessions(state="ESTABLISHED"), 3)
+            wait_for("two sessions", lambda: len(probe.sessions()) == 2, 20)
+            (row,) = wait_for("ESTABLISHED", lambda: probe.sessions(state="ESTABLISHED"), 20)
             assert row["client"] == f"{pair.plan.client}:{port}"
             assert row["virtual"] == f"{pair.plan.vip}:7"
             assert (row["origin"], row["proto"], row["mode"]) == ("own", "tcp", "FNAT")

@@ -64,7 +64,7 @@ class TestWithReplication:
         wait_for("all sessions injected in b", lambda: len(pair.b.sessions()) == 5, 10)
         probe = pair.a.attached[0]
         pair.kill("a")
-        assert probe.process.wait(10) == 3
+        assert probe.process.wait(60) == 3
         assert "ended" in probe.process.tail() or "died" in probe.process.tail() or "gone" in probe.process.tail()
         assert len(pair.b.sessions()) == 5
         pair.active("b")

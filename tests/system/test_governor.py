@@ -31,6 +31,10 @@ pytestmark = [pytest.mark.needs("bpf", "twin")]
 BUDGET = 0.4  # percent: what some two thousand sessions a second take
 TINY_BUDGET = 0.02  # what a hundred sessions a second take
 LIFETIME_MS = 3000
+FEW, FEW_RATE, MORE = 501, 500, 307  # within the budget
+MANY, MANY_RATE = 12_007, 6000
+TRIES, UNDISTURBED_S = 10, 0.05
+WITHIN_S = 150.0
 TORN = np.uint64(1)
 # Of a record: all but the generation, the worker (which events alone tell) and the claim.
 SAME = np.full(18, 0xFFFFFFFFFFFFFFFF, np.uint64)
@@ -59,29 +63,55 @@ def test_away_under_load_and_back_after_it(pair: Pair) -> None:
     assert (said["attached"], said["budget_percent"], said["hit_cost"]) == (True, BUDGET, "measured")
     assert 100 < said["hit_create_ns"] < 50_000
 
-    synthesize(pair, 501, 500, 3000)  # a few: heard
-    settled(pair, probe, 501)
+    synthesize(pair, FEW, FEW_RATE, 3000)  # heard
+    settled(pair, probe, FEW)
     status = probe.status()
     assert status["probes"]["attached"]
-    assert status["events"]["created"] == 501
+    assert status["events"]["created"] == FEW
     assert 0 < status["probes"]["highest_share_percent"] < BUDGET
 
-    synthesize(pair, 12_007, 6000, 1500)  # too many
-    wait_for("probes away", lambda: not probe.status()["probes"]["attached"], 10)
-    settled(pair, probe, 501 + 12_007)
-    said = probe.status()["probes"]
-    assert said["switches"]["detached_over_budget"] >= 1
-    assert said["highest_share_percent"] < BUDGET + 0.2  # what came until the breakpoints were out
-    assert said["hits_create"] < 501 + 12_007
+    made = ordered = FEW  # of all, and since it is attached
+    for _ in range(TRIES):
+        made, ordered = made + MANY, ordered + MANY
+        undisturbed = away_under_load(pair, probe, made)
+        said = probe.status()["probes"]
+        assert said["switches"]["detached_over_budget"] >= 1
+        assert said["hits_create"] < ordered
+        # what came until the breakpoints were out, unless whoever takes them out was kept waiting for a CPU
+        if undisturbed or said["highest_share_percent"] < BUDGET + 0.2:
+            break
+        assert probe.stop() == 0
+        probe, ordered = pair.a.probe("--no-inject", "--probe-budget", str(BUDGET)), 0
+    assert said["highest_share_percent"] < BUDGET + 0.2
 
     wait_for("probes back", lambda: probe.status()["probes"]["attached"], 20)
     before = probe.status()
-    synthesize(pair, 307, 500, 60_000)
-    settled(pair, probe, 501 + 12_007 + 307)
+    synthesize(pair, MORE, FEW_RATE, 60_000)
+    settled(pair, probe, made + MORE)
     after = probe.status()
-    assert after["events"]["created"] - before["events"]["created"] == 307
+    assert after["events"]["created"] - before["events"]["created"] == MORE
     assert after["events"]["lost"] == 0
     assert pair.a.alive
+
+
+def away_under_load(pair: Pair, probe: Attached, made: int) -> bool:
+    """Order too many, with which ``made`` are made, and wait; whether the probe answered all the time as if it had a
+    CPU whenever it wanted one.
+    """
+    longest, last = 0.0, time.monotonic()
+
+    def away() -> bool:
+        nonlocal longest, last
+        attached = probe.status()["probes"]["attached"]
+        now = time.monotonic()
+        longest, last = max(longest, now - last), now
+        return not attached
+
+    synthesize(pair, MANY, MANY_RATE, 1500)
+    wait_for("probes away", away, 20)
+    settled(pair, probe, made)
+    tick_s = float(probe.status()["loop"]["longest_tick_ms"]) / 1e3
+    return max(longest, tick_s) < UNDISTURBED_S
 
 
 @pytest.mark.parametrize("how", [("--scan-only",), ("--probe-budget", "0")])
@@ -188,7 +218,7 @@ class Eyes:
             assert not extra.any(), f"{extra.sum()} ends are late by more than a walk of {seconds:.3f} s"
             self.compared[self.governed.governor.attached] += one is self.probed
 
-    def until(self, what: str, holds: Callable[[], bool], within: float) -> None:
+    def until(self, what: str, holds: Callable[[], bool], within: float = WITHIN_S) -> None:
         end = time.monotonic() + within
         while not holds():
             assert time.monotonic() < end, f"not within {within} s: {what}"
@@ -208,22 +238,40 @@ def eyes_on(pair: Pair) -> Iterator[Eyes]:
 
 
 def test_with_probes_and_without_the_same_table_never_late_by_more_than_a_walk(pair: Pair) -> None:
+    made = 0
+
+    def order(count: int, rate: int, lifetime_ms: int = LIFETIME_MS) -> None:
+        nonlocal made
+        made += count
+        synthesize(pair, count, rate, lifetime_ms)
+
     with eyes_on(pair) as eyes:
         governor, switches = eyes.governed.governor, eyes.governed.counters
-        synthesize(pair, 101, 500, LIFETIME_MS)
-        eyes.until("a few heard", lambda: eyes.probed.counters["events_created"] == 101, 20)
+        order(FEW, FEW_RATE)
+        eyes.until("a few heard", lambda: eyes.probed.counters["events_created"] == FEW)
         assert governor.attached
-        synthesize(pair, 10_007, 6000, LIFETIME_MS)
-        eyes.until("probes away", lambda: not governor.attached, 20)
-        eyes.until("all made", lambda: synthetic(pair) == 101 + 10_007, 30)
-        eyes.until("probes back", lambda: governor.attached, 40)
-        synthesize(pair, 307, 500, 60_000)
-        eyes.until("more made", lambda: synthetic(pair) == 101 + 10_007 + 307, 20)
-        eyes.until("all others ended", lambda: int(np.count_nonzero(eyes.pool.live())) == 307, 30)
+        order(MANY, MANY_RATE)
+        eyes.until("probes away", lambda: not governor.attached)
+
+        def compared_without() -> bool:
+            """Only quick walks are: as long as there were too few, the probes are kept away."""
+            if eyes.compared[False] > 3:
+                return True
+            if synthetic(pair) == made:
+                order(MANY, MANY_RATE)
+            return False
+
+        eyes.until("walks without probes", compared_without)
+        eyes.until("all made", lambda: synthetic(pair) == made)
+        eyes.until("probes back", lambda: governor.attached)
+        order(MORE, FEW_RATE, 60_000)
+        eyes.until("more made", lambda: synthetic(pair) == made)
+        eyes.until("all others ended", lambda: int(np.count_nonzero(eyes.pool.live())) == MORE)
+        eyes.until("walks with probes", lambda: eyes.compared[True] > 3)
         walks = {one: one.counters["scan_passes"] + 2 for one in eyes.both}
-        eyes.until("two walks", lambda: all(one.counters["scan_passes"] >= n for one, n in walks.items()), 20)
+        eyes.until("two walks", lambda: all(one.counters["scan_passes"] >= n for one, n in walks.items()))
         probed, alone = eyes.probed.table, eyes.alone.table
-        assert int(np.count_nonzero(probed.present)) == 307
+        assert int(np.count_nonzero(probed.present)) == MORE
         assert (probed.present == alone.present).all()
         rows = [words(table.records)[table.present] & SAME for table in (probed, alone)]
         assert (rows[0] == rows[1]).all()

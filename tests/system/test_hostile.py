@@ -55,7 +55,7 @@ class Hostile:
 
     def codes(self, records: Records, op: int = abi.RecordOp.UPSERT) -> list[int]:
         request = self.client.submit(np.full(len(records), op, np.uint8), records)
-        wait_for("results", lambda: self.client.results(request) is not None, 5)
+        wait_for("results", lambda: self.client.results(request) is not None, 20)
         codes = self.client.results(request)
         assert codes is not None
         return [int(code) for code in codes]
@@ -263,7 +263,7 @@ def test_mutated_requests(pair: Pair, hostile: Hostile) -> None:
             counters.inactive,
         )
 
-    wait_for("each session has its port and is counted", whole, 5)
+    wait_for("each session has its port and is counted", whole, 20)
     rows = pair.b.sessions()
     assert 0 < len(rows) <= said["records"]["created"] - said["records"].get("deleted", 0)
     rest = np.zeros(len(rows), RECORD)
@@ -291,7 +291,7 @@ def test_requests_of_another_protocol_version_get_no_answer(pair: Pair, hostile:
             "dpvs_sock_msg", version=layout.sockopt_version + 1, id=hostile.set_conn, type=kind, len=0
         )
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(5)
+            connection.settimeout(30)
             connection.connect(str(pair.b.ipc))
             connection.sendall(message)
             assert connection.recv(1) == b""

@@ -108,7 +108,7 @@ def test_nodes_meet_in_etcd(tmp_path: Path) -> None:
 
             # The key of a node that works is taken away: it is put again, and no link notices.
             await gateway.call(at, "/v3/kv/deleterange", {"key": gateway.encoded(f"{PREFIX}b")})
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while not (await gateway.call(at, "/v3/kv/range", {"key": gateway.encoded(f"{PREFIX}b")})).get("kvs"):
                     await asyncio.sleep(0.01)
             # Nonsense and strangers' keys are passed over.
@@ -119,7 +119,7 @@ def test_nodes_meet_in_etcd(tmp_path: Path) -> None:
             # Somebody who registered and died: it moves no session, and goes with its lease.
             assert a.membership is not None
             assert a.sharing is not None
-            lease = (await gateway.call(at, "/v3/lease/grant", {"TTL": "2"}))["ID"]
+            lease = (await gateway.call(at, "/v3/lease/grant", {"TTL": "10"}))["ID"]
             value = gateway.encoded(json.dumps({"address": f"{LOCALHOST}:{free_port()}"}))
             ghost = {"key": gateway.encoded(f"{PREFIX}ghost"), "value": value, "lease": lease}
             await gateway.call(at, "/v3/kv/put", ghost)
@@ -201,8 +201,13 @@ def test_the_command_finds_its_peer(pair: Pair, tmp_path: Path) -> None:
         assert "--advertise HOST:PORT" in refused.stderr
         probe = pair.a.probe("--listen", pair.sync_address("a"), *extra)
         wait_for("b has them", lambda: len(pair.b.sessions()) == CONNECTIONS, 20)
-        (row,) = [row for row in probe.peers() if row["direction"] == "to"]
-        assert (row["node"], row["source"], row["state"]) == ("b", "etcd /lb/", "live")
+
+        def link() -> dict[str, Any]:
+            (row,) = [row for row in probe.peers() if row["direction"] == "to"]
+            return row
+
+        wait_for("the link is live", lambda: link()["state"] == "live", 20)
+        assert (link()["node"], link()["source"]) == ("b", "etcd /lb/")
         listing = pair.a.command("peers", check=True).stdout
         assert "SOURCE" in listing
         assert "etcd /lb/" in listing

@@ -41,11 +41,16 @@ def test_it_is_called_as_it_wants_to_be(pair: Pair, tmp_path: Path) -> None:
     newer, older = (json.loads((ROOT / f"probes/layouts/{name}.json").read_text()) for name in ("1.10.2", "1.9.4"))
     newer["dpvs"]["structs"][LOOKUP] = older["dpvs"]["structs"][LOOKUP]
     file.write_text(json.dumps(newer))
-    pair.replicate(extra=("--layout", str(file)))
     steady = pair.steady(CONNECTIONS)
-    assert pair.datagram(b"one") == b"one"
-    wait_for("the TCP sessions in b", lambda: len(pair.b.sessions()) == CONNECTIONS, 20)
-    results = pair.b.attached[0].status()["injection"]["results"]
+    assert pair.datagram(b"one") == b"one"  # answered before it is told of: it is refused once in each state
+    pair.replicate(extra=("--layout", str(file)))
+
+    def answered() -> dict[str, int]:
+        results: dict[str, int] = pair.b.attached[0].status()["injection"]["results"]
+        return results if results.get("created", 0) >= CONNECTIONS and results.get("unsupported", 0) >= 1 else {}
+
+    results = wait_for("an answer for each", answered, 20)
+    assert len(pair.b.sessions()) == CONNECTIONS
     assert (results["created"], results["unsupported"]) == (CONNECTIONS, 1), results
     pair.kill("a")
     pair.active("b")

@@ -21,13 +21,14 @@ from tests.unit.test_monitoring import RULES, queries
 
 pytestmark = [pytest.mark.needs("bpf", "twin", "agent")]
 METRICS, PROMETHEUS = 9147, 9090
+PATIENT = "heartbeat_timeout = 60\n"  # a link is only made anew where that is meant
 
 
 def get(pair: Pair, name: str, port: int, path: str) -> str:
     """From a port of a node, in its namespace."""
     with (
         pair.network.inside(name),
-        urllib.request.urlopen(f"http://{pair.plan.sync(name)}:{port}{path}", timeout=5) as r,
+        urllib.request.urlopen(f"http://{pair.plan.sync(name)}:{port}{path}", timeout=60) as r,
     ):
         return str(r.read().decode())
 
@@ -68,7 +69,8 @@ def test_prometheus_scrapes_a_node_and_every_query_works(pair: Pair, tmp_path: P
     wait_for("20 sessions, twice, in Prometheus", established, 20)
     peer = pair.sync_address("b")
     assert query(pair, f'dpvs_sync_link_up{{peer="{peer}"}}')[0]["value"][1] == "1"
-    assert float(query(pair, f'dpvs_sync_delay{{peer="{peer}"}}')[0]["value"][1]) < 1
+    delay = f'dpvs_sync_delay{{peer="{peer}"}}'
+    wait_for("it hardly lags", lambda: float(query(pair, delay)[0]["value"][1]) < 1, 20, 0.2)
     assert query(pair, "dpvs_sync_failures")
     assert float(query(pair, "sum(dpvs_probe_hits_total)")[0]["value"][1]) >= 20
     assert float(query(pair, 'dpvs_injections_total{result="created"}')[0]["value"][1]) >= 20
@@ -90,8 +92,8 @@ def attach(pair: Pair, *arguments: str) -> Attached:
 def test_settings_that_change_under_sighup(pair: Pair, tmp_path: Path) -> None:
     file = tmp_path / "probe.conf"
     to_b, to_nobody = pair.sync_address("b"), f"{pair.plan.sync('b')}:1"
-    file.write_text(f"[sync]\npid_file = {pair.a.pid_file}\npeers = {to_b}\nsync_interval = 20\n")
-    pair.b.probe("--listen", to_b, "--no-inject")
+    file.write_text(f"[sync]\npid_file = {pair.a.pid_file}\npeers = {to_b}\nsync_interval = 20\n{PATIENT}")
+    pair.b.probe("--listen", to_b, "--no-inject", "--heartbeat-timeout", "60")
     probe = attach(pair, "--config", str(file), "--keys", str(pair.run.keys("a")))
     steady = pair.steady(6)
     wait_for("sessions in b", lambda: copies(pair) == 6, 10)
@@ -105,6 +107,7 @@ def test_settings_that_change_under_sighup(pair: Pair, tmp_path: Path) -> None:
     )
     file.write_text(
         f"[sync]\npid_file = {pair.a.pid_file}\npeers = {to_b}\nfilter_services = 10.99.0.0/16\nring_pages = 64\n"
+        + PATIENT
     )
     probe.process.signal(signal.SIGHUP)
     wait_for("nothing passes", lambda: copies(pair) == 0, 10)
@@ -114,7 +117,7 @@ def test_settings_that_change_under_sighup(pair: Pair, tmp_path: Path) -> None:
     assert probe.status()["held_back_by_filter"]["service"] == 6
 
     def peers_are(*addresses: str) -> None:
-        file.write_text(f"[sync]\npid_file = {pair.a.pid_file}\npeers = {' '.join(addresses)}\n")
+        file.write_text(f"[sync]\npid_file = {pair.a.pid_file}\npeers = {' '.join(addresses)}\n{PATIENT}")
         probe.process.signal(signal.SIGHUP)
         wait_for("the peers", lambda: {row["address"] for row in probe.peers()} == set(addresses), 10)
 
@@ -152,7 +155,7 @@ def test_dpvs_is_started_anew_and_the_service_killed(pair: Pair) -> None:
     # kill -9 of dpvs-probe, under load: DPVS and its connections go on, a new one takes over, tables converge.
     before, threads = pair.a.pid, len(os.listdir(f"/proc/{pair.a.pid}/task"))
     probe.process.signal(signal.SIGKILL)
-    assert probe.process.wait(10) != 0
+    assert probe.process.wait(60) != 0
     more = pair.steady(7)  # that nobody sees
     assert pair.a.alive
     probe = attach(pair, "--peer", pair.sync_address("b"))

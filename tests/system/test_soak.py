@@ -13,7 +13,7 @@ from tests.lab.pair import Pair
 from tests.lab.soak import SETTINGS, Soak
 
 SECONDS = float(os.environ.get("DPVS_PROBE_SOAK_S", "20"))
-pytestmark = [pytest.mark.needs("bpf", "twin", "agent"), pytest.mark.timeout(240 + 2 * SECONDS)]
+pytestmark = [pytest.mark.needs("bpf", "twin", "agent"), pytest.mark.timeout(1500 + 2 * SECONDS)]
 
 
 @pytest.mark.pair(timeouts=SETTINGS.timeouts)

@@ -42,7 +42,8 @@ def test_which_are_reset(pair: Pair, tmp_path: Path) -> None:
     vip, client = pair.plan.vip, pair.plan.client
     with pair.network.inside("client"):
         raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
-    with raw, Recorder(path, "v0", pair.network.path("client"), incoming=True) as recorder:
+    recorder = Recorder(path, "v0", pair.network.path("client"), incoming=True)
+    with raw, recorder, pair.resets("client") as heard:
         for port, (flags, data) in {**SILENT, **NO_SERVICE, **ANSWERED}.items():
             to = 81 if port in NO_SERVICE else 80
             segment = TCP(
@@ -50,7 +51,7 @@ def test_which_are_reset(pair: Pair, tmp_path: Path) -> None:
                 options=[("NOP", None), ("NOP", None), ("Timestamp", (7, 8))],
             )  # fmt: skip
             raw.sendto(bytes(IP(src=client, dst=vip, ttl=60, tos=8) / segment / Raw(data)), (vip, 0))
-        wait_for("answers", lambda: recorder.packets >= len(ANSWERED), 10)
+        wait_for("answers", lambda: {way[3] for way in tuple(heard.resets)} >= set(ANSWERED), 10)
         time.sleep(0.5)
     with PcapReader(str(path)) as reader:
         segments = [packet for packet in reader if TCP in packet]

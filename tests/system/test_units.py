@@ -112,7 +112,7 @@ def test_a_running_systemd_starts_reloads_and_watches_it(tmp_path: Path) -> None
     kept = ("Type", "NotifyAccess", "ExecReload", "Restart", "RestartSec", "KillMode", "TimeoutStartSec")
     lines = [f"{name}={value}" for name in kept for value in settings(name)]
     command = f"{COMMAND} attach --config {configuration} --run-dir {tmp_path}/run"
-    lines += [f"ExecStart={command}", "WatchdogSec=4"]
+    lines += [f"ExecStart={command}", "WatchdogSec=10"]
     check = f"{COMMAND} config check {configuration}"
     unit = "\n".join(["[Service]", *lines, ""]).replace("/usr/bin/dpvs-probe config check", check)
     (manager.units / UNIT.name).write_text(unit)

@@ -32,6 +32,7 @@ from tests.unit.simulated_dpvs import MODES, WORKERS, SimulatedDpvs
 
 LOCALHOST = "127.0.0.1"
 SETTLE_NS, LEAVE_NS = 100_000_000, 500_000_000
+PATIENCE = 6  # a busy machine takes so many times as long as an idle one, on which waits are measured
 
 
 class LiveDpvs(SimulatedDpvs):
@@ -232,7 +233,8 @@ class Wire:
 
 
 async def until(what: Callable[[], object], within_s: float = 5.0) -> None:
-    """Wait for something to become true."""
+    """Wait for something to become true; AssertionError after PATIENCE times ``within_s``."""
+    within_s *= PATIENCE
     try:
         async with asyncio.timeout(within_s):
             while not what():

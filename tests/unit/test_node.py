@@ -21,10 +21,12 @@ from replicator.transport.address import Address
 from tests.unit.simulated_dpvs import SimulatedDpvs
 from tests.unit.simulated_node import SimulatedNode, Wire, until
 
+pytestmark = pytest.mark.timeout(300)
+
 
 def run(body: Awaitable[None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             await body
 
     asyncio.run(bounded())
@@ -164,6 +166,7 @@ def test_counters_of_what_went_wrong(tmp_path: Path) -> None:
             writer.write(b"GET / HTTP/1.0\r\n\r\n")
             await until(lambda: b.links._of(None)["refused_protocol"] == 1)
             writer.close()
+            await until(lambda: b.links._of(None)["protocol_errors"] == 1)  # told when its task has ended
             _, door = await answer(b, "peers")
             assert door["link"]["refused"] > before
             assert door["link"]["protocol_errors"] == 1

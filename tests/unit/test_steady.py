@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from tests.available import ROOT
+from tests.lab.load import held_up_s
 from tests.lab.steady import Options, Report, Steady
 
 Server = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -46,31 +47,42 @@ async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         pass
 
 
-def report_of(server: Server, connections: int = 3, **options: float) -> Report:
+def report_of(
+    server: Server, *, seconds: float = 60, stall: float = 30, enough: Callable[[], bool] = lambda: False
+) -> Report:
+    """Of three connections, which end as the server has it; else once there is ``enough``, or after ``seconds``."""
+
+    async def finish(steady: Steady) -> None:
+        while not enough():
+            await asyncio.sleep(0.005)
+        steady.finish()
+
     async def run() -> Report:
         listening = await asyncio.start_server(server, "127.0.0.1", 0)
         port = listening.sockets[0].getsockname()[1]
-        wanted = Options("127.0.0.1", port, connections, seconds=0.6, interval=0.02, stall=0.4, **options)
+        steady = Steady(Options("127.0.0.1", port, 3, seconds=seconds, interval=0.02, stall=stall))
+        finishing = asyncio.create_task(finish(steady))
         try:
-            return await Steady(wanted).run()
+            return await steady.run()
         finally:
+            finishing.cancel()
             listening.close()
 
     return asyncio.run(run())
 
 
 @pytest.mark.parametrize(
-    ("server", "outcome"),
+    ("server", "outcome", "options"),
     [
-        (echo, "alive"),
-        (corrupt_third, "corrupted"),
-        (close_third, "reset"),
-        (reset_third, "reset"),
-        (silent, "stalled"),
+        (echo, "alive", {"seconds": 0.6}),
+        (corrupt_third, "corrupted", {}),
+        (close_third, "reset", {}),
+        (reset_third, "reset", {}),
+        (silent, "stalled", {"stall": 0.4}),
     ],
 )
-def test_each_outcome(server: Server, outcome: str) -> None:
-    report = report_of(server)
+def test_each_outcome(server: Server, outcome: str, options: dict[str, float]) -> None:
+    report = report_of(server, **options)  # type: ignore[arg-type]
     assert dict(report.outcomes) == {outcome: 3}
     assert report.as_json()[outcome] == 3
 
@@ -87,17 +99,23 @@ def test_what_cannot_open_is_counted() -> None:
 
 
 def test_the_longest_pause_is_that_of_the_living() -> None:
+    slow = 0
+
     async def slow_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal slow
         count = 0
         while data := await reader.read(4096):
             count += 1
             if count == 4:
                 await asyncio.sleep(0.25)
+                slow += 1
             writer.write(data)
 
-    report = report_of(slow_once)
+    held_up = held_up_s()
+    report = report_of(slow_once, enough=lambda: slow == 3)
     assert report.outcomes["alive"] == 3
-    assert 250 <= report.longest_pause_ms < 400
+    assert report.longest_pause_ms >= 250
+    assert report.longest_pause_ms - 1e3 * (held_up_s() - held_up) < 400
     assert report.bytes == report.lines * len(b"000000:000000000\n")
 
 

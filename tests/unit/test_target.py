@@ -41,7 +41,14 @@ int (*keep)(int) = hidden;
 unsigned int g_version = 0x00010a02;
 char *dpvs_ipc_file;
 static __thread int per_thread;
-static void *worker(void *name) { prctl(PR_SET_NAME, name); per_thread = 1; for (;;) pause(); }
+static unsigned int named;
+static void *worker(void *name)
+{
+	prctl(PR_SET_NAME, name);
+	per_thread = 1;
+	__atomic_add_fetch(&named, 1, __ATOMIC_SEQ_CST);
+	for (;;) pause();
+}
 int main(int argc, char **argv)
 {
 	static char *names[] = {"dpdk-worker1", "lcore-slave-12", "lcore-worker-3", "dpdk-intr", "other"};
@@ -49,7 +56,7 @@ int main(int argc, char **argv)
 	setvbuf(stdout, NULL, _IONBF, 0);
 	if (argc > 1) dpvs_ipc_file = argv[argc - 1];
 	for (unsigned i = 0; i < 5; i++) pthread_create(&thread, NULL, worker, names[i]);
-	usleep(20000);
+	while (__atomic_load_n(&named, __ATOMIC_SEQ_CST) < 5) usleep(1000);
 	puts("ready");
 	getchar();
 	return 0;

@@ -25,13 +25,13 @@ from replicator.transport.interface import (
     PeerUnreachable,
 )
 from tests.unit import transports
-from tests.unit.transports import MIB, PATIENCE, Kind, Turns
+from tests.unit.transports import COMES_S, MIB, PATIENCE, Kind, Turns, within
 
 SIZES = (1, 15, 16, 17, 4095, 4096, 4097, 65535, 65536, 65537, MIB - 1, MIB, MIB + 16)
 NOTICED_S = PEER_TIMEOUT_S + 0.5
 PATIENT_S = NOTICED_S * PATIENCE
 
-pytestmark = pytest.mark.timeout(120 * PATIENCE)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(params=transports.names())
@@ -77,7 +77,7 @@ def between(kind: Kind, directory: Path, body: Body) -> None:
         async with listening(kind, directory) as listener:
             near, far = await connect(kind, listener)
             try:
-                async with asyncio.timeout(60 * PATIENCE):
+                async with asyncio.timeout(COMES_S):
                     await body(near, far)
             finally:
                 await asyncio.gather(near.close(), far.close())
@@ -98,6 +98,12 @@ async def listening(kind: Kind, directory: Path) -> AsyncIterator[Listener]:
 async def connect(kind: Kind, listener: Listener) -> tuple[Connection, Connection]:
     """Both ends of a connection; the door opens with the first ``accept``, perhaps after the first attempt."""
     return await asyncio.gather(transports.dial(kind.dialer(listener.address)), listener.accept())
+
+
+async def some_turns(seconds: float) -> None:
+    """As many turns of the loop as take so long: each looks for what came."""
+    for _ in range(round(seconds / Turns.TURN_S)):
+        await asyncio.sleep(Turns.TURN_S)
 
 
 async def read(connection: Connection, count: int) -> bytes:
@@ -205,18 +211,25 @@ def test_a_peer_that_reads_nothing_holds_the_sender(kind: Kind, directory: Path)
                 await near.send([frame])
                 sent += 1
 
+        def so_far() -> tuple[int, int, int | None]:
+            way = near.on_the_way()
+            return sent, near.bytes_sent, way.size if way else None
+
         task = asyncio.create_task(flood())
-        await asyncio.sleep(0.5)
+        before = None
+        while before is None or so_far() != before or not near.bytes_sent:
+            before = so_far()
+            await some_turns(0.25 * PATIENCE)  # little of the time after which it would be lost
         held, way = sent, near.on_the_way()
         assert near.bytes_sent <= kind.held_bytes
-        await asyncio.sleep(0.5)
+        await some_turns(0.5)
         assert sent == held
         assert way is not None
         later = near.on_the_way()
         assert later is not None
         assert later.open_ns - way.open_ns < 100_000_000  # it is the peer who is slow, not the way
-        assert await read(far, count * MIB) == frame * count
-        await task
+        _, data = await asyncio.gather(task, read(far, count * MIB))
+        assert data == frame * count
 
     between(kind, directory, body)
 
@@ -238,7 +251,7 @@ def test_a_slow_peer_is_no_dead_one(far_kind: Kind, directory: Path) -> None:
 
 def test_a_peer_that_takes_nothing_for_long_is_lost(kind: Kind, directory: Path) -> None:
     async def body(near: Connection, far: Connection) -> None:
-        frame, turns, began = bytes(MIB), Turns(), time.monotonic()
+        frame, turns, whole = bytes(MIB), Turns(), Turns()
         with pytest.raises(LinkLost):
             while True:
                 since = time.monotonic()
@@ -246,7 +259,7 @@ def test_a_peer_that_takes_nothing_for_long_is_lost(kind: Kind, directory: Path)
                 turns.seconds()
         assert time.monotonic() - since > 1
         assert turns.seconds() < NOTICED_S + 1
-        assert time.monotonic() - began < (NOTICED_S + 3) * PATIENCE
+        assert whole.seconds() < (NOTICED_S + 3) * PATIENCE
         assert far
 
     between(kind, directory, body)
@@ -279,7 +292,7 @@ async def ended(connection: Connection) -> bool:
 
 async def lost_within(connection: Connection, seconds: float = PATIENT_S) -> None:
     """Sending fails soon."""
-    async with asyncio.timeout(seconds):
+    async with within(seconds):
         with pytest.raises(LinkLost):
             while True:
                 await connection.send([b"x"])
@@ -290,10 +303,10 @@ def test_close_does_not_wait_for_a_peer_that_takes_nothing(kind: Kind, directory
     async def body(near: Connection, far: Connection) -> None:
         task = asyncio.create_task(near.send([bytes(kind.held_bytes + MIB)]))
         await asyncio.sleep(0.1)
-        began = time.monotonic()
-        await near.close()
-        assert time.monotonic() - began < 2 * PATIENCE
-        await asyncio.wait({task}, timeout=PATIENCE)
+        async with within(2 * PATIENCE):
+            await near.close()
+        async with within(PATIENCE):
+            await asyncio.wait({task})
         assert task.done()
         assert task.exception() is None or isinstance(task.exception(), LinkLost)
         assert far
@@ -306,7 +319,7 @@ def test_close_wakes_who_waits_for_bytes(kind: Kind, directory: Path) -> None:
         waiting = [asyncio.create_task(ended(near)), asyncio.create_task(far.receive())]
         await asyncio.sleep(0.05)
         await near.close()
-        async with asyncio.timeout(PATIENT_S):
+        async with within(PATIENT_S):
             assert await waiting[1] == b""
             assert await asyncio.wait(waiting[:1])
 
@@ -354,7 +367,7 @@ def test_a_quick_peer_does_not_get_the_loop_for_itself(far_kind: Kind, directory
         async with listening(far_kind, directory) as listener:
             peer = transports.start(far_kind.name, "flood", listener.address)
             connection = await listener.accept()
-            turns, until = 0, time.monotonic() + 0.5
+            turns, until = 0, time.process_time() + 0.5  # other() keeps the processor
 
             async def other() -> None:
                 nonlocal turns
@@ -363,7 +376,7 @@ def test_a_quick_peer_does_not_get_the_loop_for_itself(far_kind: Kind, directory
                     turns += 1
 
             beside = asyncio.create_task(other())
-            while time.monotonic() < until:
+            while time.process_time() < until:
                 assert await connection.receive()
             assert turns > 20
             beside.cancel()
@@ -383,7 +396,7 @@ async def noticed(connection: Connection, behaviour: str) -> float:
     """Seconds until the connection says that its peer is gone."""
     turns = Turns()
     try:
-        async with asyncio.timeout(PATIENT_S + 2):
+        async with asyncio.timeout(COMES_S):
             while True:
                 if behaviour == "drink":
                     await connection.send([bytes(64 << 10)])
@@ -432,8 +445,8 @@ def test_a_peer_that_dies_at_any_step_of_the_set_up(far_kind: Kind, directory: P
     async def serve(listener: Listener) -> None:
         while True:
             connection = await listener.accept()
-            with suppress(LinkLost):
-                async with asyncio.timeout(PATIENT_S):
+            async with within(PATIENT_S):
+                with suppress(LinkLost):
                     heard.put_nowait(await read_to_end(connection))
             await connection.close()
 
@@ -448,8 +461,10 @@ def test_a_peer_that_dies_at_any_step_of_the_set_up(far_kind: Kind, directory: P
                 assert peer.exitcode == -signal.SIGKILL
             assert steps >= 2 * far_kind.stride
             transports.start(far_kind.name, "leave", listener.address)
-            async with asyncio.timeout(2 * PATIENT_S):
+            async with asyncio.timeout(COMES_S):
                 while heard.empty() or await heard.get() != b"leave":
+                    if serving.done():
+                        await serving  # it ends by an error only
                     await asyncio.sleep(0.01)
             serving.cancel()
 
@@ -526,7 +541,7 @@ def test_a_peer_without_keys_stays_outside(secured: Kind, directory: Path) -> No
         async with listening(secured, directory) as listener:
             accepting = asyncio.create_task(listener.accept())
             await asyncio.sleep(0.01)
-            async with asyncio.timeout(2 * PATIENT_S):
+            async with within(2 * PATIENT_S):
                 await knock(listener.address)
             assert not accepting.done()
             near, far = await transports.dial(secured.dialer(listener.address)), await accepting
@@ -593,7 +608,7 @@ def _raw(address: str) -> socket.socket:
     else:
         host, port = address.rsplit(":", 1)
         sock = socket.create_connection((host, int(port)))
-    sock.settimeout(PATIENT_S)
+    sock.settimeout(COMES_S)
     return sock
 
 
@@ -614,12 +629,13 @@ def test_strangers_do_not_keep_peers_out(careful: Kind, directory: Path, garbage
                 pass
             if not stays:
                 stranger.close()
-            async with asyncio.timeout(PATIENT_S):
+            async with within(PATIENT_S):
                 near, far = await careful.dialer(listener.address).dial(), await accepting
             await near.send([b"hello"])
             assert await read(far, 5) == b"hello"
             if stays:
-                assert await asyncio.to_thread(_thrown_out, stranger)
+                async with within(PATIENT_S):
+                    assert await asyncio.to_thread(_thrown_out, stranger)
             stranger.close()
             await near.close()
             await far.close()
@@ -651,10 +667,9 @@ def test_who_answers_nonsense_is_no_peer(careful: Kind, directory: Path, answer:
         else:
             server = await asyncio.start_server(stranger, "127.0.0.1", 0)
             address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        began = time.monotonic()
-        with pytest.raises(PeerUnreachable, match=r"cannot reach peer|no trust between us"):
-            await careful.dialer(address).dial()
-        assert time.monotonic() - began < PATIENT_S + 1
+        async with within(PATIENT_S + 1):
+            with pytest.raises(PeerUnreachable, match=r"cannot reach peer|no trust between us"):
+                await careful.dialer(address).dial()
         server.close()
 
     asyncio.run(body())
@@ -671,7 +686,7 @@ def test_a_peer_killed_while_it_connects(far_kind: Kind, directory: Path) -> Non
                 kill(peer)
             peer = transports.start(far_kind.name, "leave", listener.address)
             while True:
-                async with asyncio.timeout(PATIENT_S + 5):
+                async with within(PATIENT_S + 5):
                     connection = await listener.accept()
                     try:
                         if await read_to_end(connection) == b"leave":

@@ -8,7 +8,8 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection as Pipe
@@ -46,6 +47,7 @@ Peer = ForkServerProcess
 _given: Path | None = None
 NOWHERE = "127.0.0.1:1"
 STRANGER = "stranger"
+COMES_S = 60 * PATIENCE  # what has to come has come by then, on a machine with much else to do
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,22 @@ class Turns:
         """Until now, and starts anew."""
         turns, self._turns = self._turns, 0
         return turns * self.TURN_S
+
+    def stop(self) -> None:
+        """Count no more."""
+        self._task.cancel()
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """What is done inside takes less than so many seconds, as ``Turns`` counts them."""
+    turns = Turns()
+    try:
+        async with asyncio.timeout(COMES_S):
+            yield
+    finally:
+        turns.stop()
+    assert turns.seconds() < seconds
 
 
 async def dial(dialer: Dialer, attempts: int = 100) -> Connection:

@@ -28,9 +28,9 @@ REPORTS = "reports"  # in the guest's job directory: one line of JSON for each
 WANTED = "wanted"  # there too: the tests to run, one a line
 GUEST_JOB = Path("/run/job")
 
-BOOT_S = 240  # to the first news: 20 on a machine that is idle
-SILENT_S = 300  # between two of them
-STACKS_S = 200  # of one test: its stacks are shown, even if the signal of its limit (240 s) does not get through
+BOOT_S = 900  # to the first news: 20 on a machine that is idle
+SILENT_S = 900  # between two of them
+STACKS_S = 500  # of one test: its stacks are shown, even if the signal of its limit (600 s) does not get through
 END_S = 60  # from the last report to the end of the machine
 PATIENCE = "2"  # of limits in tests
 POLL_S = 0.1
