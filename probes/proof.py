@@ -5,11 +5,12 @@ Rules: first what the layout says of itself, then structure (sizes, pointers, co
 entries against its own tuple), then a few sessions compared with what DPVS itself says of them, field by field, then
 every field that is used and has no evidence so far (``probes.judging``). A check that fails names the field. The
 comparison looks sessions up by hash, never by a full list, which would make DPVS's workers walk their tables; DPVS
-restarts the timers of the sessions it is asked for. Sessions move while we look: what differs is read and asked once
-more before it counts. Without a live session the checks that need one are "not yet", not "ok": prove again when there
-is traffic. Injection has a verdict of its own: capture may run where it is refused.
+restarts the timers of the sessions it is asked for. Sessions move while we look: what differs is read and asked again,
+and later again, before it counts. Without a live session the checks that need one are "not yet", not "ok": prove again
+when there is traffic. Injection has a verdict of its own: capture may run where it is refused.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -40,6 +41,8 @@ SAMPLES = 16
 TCP, ESTABLISHED, FULLNAT = 6, 1, 5
 PROTOCOLS = (1, 6, 17, 58, 132)
 CANDIDATES = 4096
+# Before further looks at what differs: a packet moves a session between our look and DPVS's answer, a copy ends.
+PAUSES_S = (0.0, 0.02, 0.05, 0.1)
 MAX_COPIES = 64  # of one session that are looked at: a worker has one at most
 _INBOUND = np.dtype(
     [("af", "<u4"), ("proto", "u1"), ("caddr", "16u1"), ("vaddr", "16u1"), ("cport", ">u2"), ("vport", ">u2")]
@@ -373,13 +376,14 @@ def compare_sessions(pool: SessionPool, control: ControlSocket | None, slots: Sl
     compared, differing = 0, dict[int, list[str]]()
     try:
         for slot in slots.tolist():
-            result = _compare_twice(pool, control, slot)
+            result = _compare_one(pool, control, slot)
             compared += result is not None
             if result:
                 differing[slot] = result
-        for slot, copies in _copies(pool, list(differing)).items():
-            if not all(_compare_one(pool, control, copy) for copy in copies):
-                del differing[slot]
+        for pause_s in PAUSES_S:
+            if differing:
+                time.sleep(pause_s)
+                differing = _still_differing(pool, control, list(differing))
     except DpvsProbeError as error:
         return compared, Check(name, "not yet", f"{error}")
     problems = [problem for found in differing.values() for problem in found]
@@ -394,10 +398,13 @@ def compare_sessions(pool: SessionPool, control: ControlSocket | None, slots: Sl
     return compared, Check(name, "ok", f"{compared} sessions equal field by field")
 
 
-def _compare_twice(pool: SessionPool, control: ControlSocket, slot: int) -> list[str] | None:
-    """Differences of one session, None if it was gone. A difference must be seen twice."""
-    first = _compare_one(pool, control, slot)
-    return _compare_one(pool, control, slot) if first else first
+def _still_differing(pool: SessionPool, control: ControlSocket, slots: list[int]) -> dict[int, list[str]]:
+    """Those of these slots whose session, and each copy of it, differs from what DPVS says now, and in what."""
+    found = {slot: result for slot in slots if (result := _compare_one(pool, control, slot))}
+    for slot, copies in _copies(pool, list(found)).items():
+        if not all(_compare_one(pool, control, copy) for copy in copies):
+            del found[slot]
+    return found
 
 
 def _copies(pool: SessionPool, slots: list[int]) -> dict[int, list[int]]:
