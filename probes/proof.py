@@ -13,7 +13,7 @@ when there is traffic. Injection has a verdict of its own: capture may run where
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -376,7 +376,7 @@ def compare_sessions(pool: SessionPool, control: ControlSocket | None, slots: Sl
     compared, differing = 0, dict[int, list[str]]()
     try:
         for slot in slots.tolist():
-            result = _compare_one(pool, control, slot)
+            result = _compare(pool, control, [slot])
             compared += result is not None
             if result:
                 differing[slot] = result
@@ -400,19 +400,16 @@ def compare_sessions(pool: SessionPool, control: ControlSocket | None, slots: Sl
 
 def _still_differing(pool: SessionPool, control: ControlSocket, slots: list[int]) -> dict[int, list[str]]:
     """Those of these slots whose session, and each copy of it, differs from what DPVS says now, and in what."""
-    found = {slot: result for slot in slots if (result := _compare_one(pool, control, slot))}
-    for slot, copies in _copies(pool, list(found)).items():
-        if not all(_compare_one(pool, control, copy) for copy in copies):
-            del found[slot]
-    return found
+    results = {slot: _compare(pool, control, [slot, *copies]) for slot, copies in _copies(pool, slots).items()}
+    return {slot: result for slot, result in results.items() if result}
 
 
 def _copies(pool: SessionPool, slots: list[int]) -> dict[int, list[int]]:
     """For each of these slots the others with sessions of the same tuple. Looks at all sessions, once.
 
-    Each worker may have one, and those that saw no packet stay behind in state and timeout; DPVS answers for the first
-    worker that has one (DPVS 1.10.2, ip_vs_conn.c: sockopt_conn_get_specified). So a difference is one only if all
-    copies of the session have it.
+    Each worker may have one, and those that saw no packet stay behind in state and timeout; DPVS answers for one of
+    them, that of the worker it hears first (DPVS 1.10.2, ip_vs_conn.c: sockopt_conn_get_specified). So a difference is
+    one only if all copies of the session have it, from one and the same answer.
     """
     if not slots:
         return {}
@@ -438,18 +435,27 @@ def _inbound(conns: Conns) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
     return keys.view(f"V{_INBOUND.itemsize}")
 
 
-def _compare_one(pool: SessionPool, control: ControlSocket, slot: int) -> list[str] | None:
-    conns, ok = pool.read(np.array([slot]))
-    conn = conns[0]
-    layout = pool.layout
-    if not ok[0] or not conn["flags"] & layout.flag("HASHED"):
+def _compare(pool: SessionPool, control: ControlSocket, slots: Sequence[int]) -> list[str] | None:
+    """Differences between the session in the first of these slots and DPVS's answer, None if it was gone. There are
+    none where another of them, a copy, is what DPVS answered for.
+    """
+    conns, ok = pool.read(np.array(slots))
+    conn, layout = conns[0], pool.layout
+    hashed = ok & ((conns["flags"] & layout.flag("HASHED")) != 0)
+    if not hashed[0]:
         return None
     if conn["flags"] & layout.flag("TEMPLATE") or conn["af"] not in (AF_INET, AF_INET6):
         return None
-    size = 4 if conn["af"] == AF_INET else 16
     row = _ask(control, conn)
     if row is None:
-        return None if not pool.live(np.array([slot]))[0] else [f"{SESSION}.flags or the tuple of requests"]
+        return None if not pool.live(np.array(slots[:1]))[0] else [f"{SESSION}.flags or the tuple of requests"]
+    found = [_differences(one, row) for one in conns[hashed]]
+    return found[0] if all(found) else []
+
+
+def _differences(conn: Any, row: Any) -> list[str]:
+    """Of one session and one answer, the fields that are not equal."""
+    size = 4 if conn["af"] == AF_INET else 16
     outer = 4 if conn["af_out"] == AF_INET else 16
 
     def address(name: str, length: int) -> bool:

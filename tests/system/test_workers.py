@@ -46,7 +46,7 @@ def test_two_to_one_works(pair: Pair) -> None:
 
 @pytest.mark.pair(workers=2, kinds=("dr",))
 def test_copies_that_moved_apart_do_not_disprove_the_layout(pair: Pair) -> None:
-    """Each worker has a copy, packets of the client move one of the two on, and DPVS answers for that of its first."""
+    """Each worker has a copy, packets of the client move one of the two on, and DPVS answers for either."""
     where = address(pair.plan, "dr")
     pair.replicate()
     made = [pair.connect(ECHO, where) for _ in range(CONNECTIONS)]
