@@ -13,7 +13,9 @@ Rules:
   few words of each slot with what they were on the walk before; only what differs is read, and a part of the rest.
   Where it is alone, no event telling of creations and ends, it walks as often as half of our time lets it.
 - A new generation: the slot was free; or its tuple is another; or an event later than the row's birth says that a
-  session was made or freed there. The same tuple with other sequence numbers and no event is an update.
+  session was made or freed there. The same tuple with other sequence numbers and no event is an update. A row is born
+  when its slot had been read, not when the tick began: what DPVS did in between is what was read, and its event, heard
+  on the next tick, tells nothing new.
 - A session with flag INJECTED was put in for a peer. As long as it waits for its first packet it is a copy: counted,
   not in the table. Once DPVS has moved it on, its packets arrive here: it is ours, and stands in the table like any
   other. Nothing announces that, nor its end (the probe drops events of such sessions); the scan finds both.
@@ -122,17 +124,19 @@ class Collector:
         modes: Mapping[int, int],
         workers: Mapping[int, int] | None = None,
         lost: Callable[[], int] | None = None,
+        clock: Callable[[], int] | None = None,
         settings: Settings | None = None,
     ) -> None:
         """``ring``: None when the scan works alone for ever; ``modes``: address of ``dp_vs_xmit_*`` -> forwarding mode;
-        ``workers``: thread id -> lcore; ``lost``: how many events the program could not put into the ring so far.
+        ``workers``: thread id -> lcore; ``lost``: how many events the program could not put into the ring so far;
+        ``clock``: CLOCK_MONOTONIC in ns, as events have it; None where no time passes within a tick.
         """
         self.settings = settings or Settings()
         self.table = table
         self.alone = ring is None  # no event tells of creations and ends now
         self.copies = 0  # slots that held a copy of ours when last read
         self._pool, self._ring, self._modes = pool, ring, dict(modes)
-        self._lost = lost
+        self._lost, self._clock = lost, clock
         self._lost_before = lost() if lost else 0
         self.set_workers(workers or {})
         slots = pool.slots
@@ -335,10 +339,11 @@ class Collector:
 
     def _look_block(self, slots: Slots, now_ns: int) -> tuple[Applied, Slots]:
         conns, whole = self._pool.read(slots)
+        read_ns = max(now_ns, self._clock()) if self._clock else now_ns
         again = np.empty(len(slots), np.int64)
         self.table.rows_.begin()
         self._conversion.read(as_words(conns))
-        found = self._looks.look(whole.view(np.uint8), slots, now_ns, self.settings.young_ns, again)
+        found = self._looks.look(whole.view(np.uint8), slots, now_ns, read_ns, self.settings.young_ns, again)
         applied = self.table.finish()
         count, looks = self.counters, self._looks
         count["reads"] += len(slots)

@@ -86,11 +86,11 @@ cdef class Looks:
     @cython.locals(i=Py_ssize_t, slot=i64, seen=u64)
     cdef int fetch(self, const i64[:] slots, Py_ssize_t first) noexcept
     @cython.locals(i=Py_ssize_t, n=Py_ssize_t, slot=i64, found=Py_ssize_t)
-    cpdef Py_ssize_t look(self, const u8[:] whole, const i64[:] slots, i64 now_ns, i64 young_ns,
+    cpdef Py_ssize_t look(self, const u8[:] whole, const i64[:] slots, i64 now_ns, i64 read_ns, i64 young_ns,
                           i64[::1] again) except -1
     @cython.locals(rows=Rows, record=Conversion, head=u64, flags=u64, note=u8, present=bint, known=bint, copy=bint, valid=bint, gone=bint,
                    sure=bint, awaited=bint, renewed=bint, since=i64, left=u8, born=Py_ssize_t)
-    cdef int _one(self, Py_ssize_t i, i64 slot, i64 now_ns, i64 young_ns) noexcept
+    cdef int _one(self, Py_ssize_t i, i64 slot, i64 now_ns, i64 read_ns, i64 young_ns) noexcept
     @cython.locals(head=u64, state=u64)
     cdef bint _waiting(self) noexcept
     cdef bint _family(self, u64 number) noexcept

@@ -336,11 +336,12 @@ class Looks:
             self.notes[slot] = note | _HEARD
         return found
 
-    def look(self, whole: U8, slots: I64, now_ns: int, young_ns: int, again: I64) -> int:
+    def look(self, whole: U8, slots: I64, now_ns: int, read_ns: int, young_ns: int, again: I64) -> int:
         """Bring n distinct slots into the table, whose sessions ``conversion`` was just told to read; how many of them
         to look at again soon.
 
-        ``whole``: which were not torn; ``again``: room for n slots. ``rows.begin`` goes before it.
+        ``whole``: which were not torn; ``read_ns``: when the last of them had been read; ``again``: room for n slots.
+        ``rows.begin`` goes before it.
         """
         n, found = slots.shape[0], 0
         self.rows.may(slots)
@@ -354,7 +355,7 @@ class Looks:
             self.notes[slot] &= ~_HEARD
             if not whole[i]:
                 self.torn += 1
-            if not whole[i] or self._one(i, slot, now_ns, young_ns):
+            if not whole[i] or self._one(i, slot, now_ns, read_ns, young_ns):
                 again[found] = slot
                 found += 1
         return found
@@ -368,7 +369,7 @@ class Looks:
             seen ^= self.since_ns[slot] ^ self.until_ns[slot] ^ self.rows.born_ns[slot]
         self.fetched = seen
 
-    def _one(self, i: int, slot: int, now_ns: int, young_ns: int) -> bool:
+    def _one(self, i: int, slot: int, now_ns: int, read_ns: int, young_ns: int) -> bool:
         """One slot; whether it has to be looked at again soon."""
         rows, record = self.rows, self.conversion
         record.row(i, slot)
@@ -398,7 +399,7 @@ class Looks:
             if renewed and present and valid:
                 self.renewed_by_event += 1
             born = rows.created
-            if rows.one(slot, valid, renewed, self.lcore[slot], since if since else now_ns, now_ns) and valid:
+            if rows.one(slot, valid, renewed, self.lcore[slot], since if since else now_ns, read_ns) and valid:
                 self.until_ns[slot] = now_ns + young_ns
                 if flags & _INJECTED and rows.created != born:
                     self.adopted += 1

@@ -20,7 +20,8 @@ from probes.errors import DpvsProbeError
 FORMAT = 1
 SESSION = "dp_vs_conn"
 LOOKUP = "dp_vs_service_lookup"  # a function, as a struct of what its caller puts on the stack
-_NAME = re.compile(r"^\w[\w.-]*$")
+_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a layout
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # of C: struct, member, flag, request
 
 
 class UnknownLayout(DpvsProbeError):
@@ -84,7 +85,7 @@ class Layout:
             structs: dict[str, Struct] = {}
             for part in (dpvs, dpdk):
                 for struct_name, body in part["structs"].items():
-                    if struct_name in structs:
+                    if _identifier(struct_name) in structs:
                         raise BadLayout(f"layout {name} defines struct {struct_name} twice")
                     structs[struct_name] = _struct(name, struct_name, body)
             return cls(
@@ -92,8 +93,8 @@ class Layout:
                 releases=tuple(_text(release) for release in dpvs["releases"]),
                 dpdk=_text(dpdk["release"]),
                 sockopt_version=_number(dpvs["sockopt_version"]),
-                sockopt_ids={key: _number(value) for key, value in dpvs["sockopt_ids"].items()},
-                flags={key: _number(int(value, 16)) for key, value in dpvs["flags"].items()},
+                sockopt_ids={_identifier(key): _number(value) for key, value in dpvs["sockopt_ids"].items()},
+                flags={_identifier(key): _number(int(value, 16)) for key, value in dpvs["flags"].items()},
                 structs=structs,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -195,8 +196,8 @@ def _struct(layout: str, name: str, body: Mapping[str, Any]) -> Struct:
     fields = {}
     for field, (offset, length) in body["fields"].items():
         if _number(offset) + _number(length) > size:
-            raise BadLayout(f"layout {layout}: {name!r}.{field!r} lies outside its struct")
-        fields[field] = (offset, length)
+            raise BadLayout(f"layout {layout}: {name}.{_identifier(field)} lies outside its struct")
+        fields[_identifier(field)] = (offset, length)
     return Struct(name, size, fields)
 
 
@@ -206,8 +207,14 @@ def _number(value: Any) -> int:
     return value
 
 
+def _identifier(value: str) -> str:
+    if not _IDENTIFIER.fullmatch(value):
+        raise ValueError(f"{value[:20]!r} is no name in C")
+    return value
+
+
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.isprintable():
         raise TypeError(f"{str(value)[:20]!r} is no text")
     return value
 
@@ -224,7 +231,7 @@ def parse_text(name: str, text: bytes) -> Layout:
 
 @cache
 def _load(name: str) -> Layout:
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         raise UnknownLayout(f"{name!r} is not the name of a layout")
     file = resources.files("probes").joinpath("layouts", f"{name}.json")
     try:

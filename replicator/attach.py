@@ -306,7 +306,7 @@ class Attachment:
             await asyncio.sleep(0)
 
         ring, lost = (probes.ring(), probes.lost) if probes is not None else (None, None)
-        collector = Collector(pool, ring, table, modes=modes, workers=target.workers(), lost=lost)
+        collector = Collector(pool, ring, table, modes=modes, workers=target.workers(), lost=lost, clock=CLOCK)
         governed: Governed | None = None
         if probes is not None:
             limits = Limits(budget=options.probe_budget)

@@ -177,7 +177,10 @@ class Eyes:
         modes = {address: mode for name, mode in XMIT_MODES.items() if (address := target.find(name)) is not None}
         self._modes = modes
         tables = [SessionTable(pool.slots) for _ in range(2)]
-        self.probed = Collector(pool, probes.ring(), tables[0], modes=modes, workers=target.workers(), lost=probes.lost)
+        self.probed = Collector(
+            pool, probes.ring(), tables[0], modes=modes, workers=target.workers(), lost=probes.lost,
+            clock=time.monotonic_ns,
+        )  # fmt: skip
         self.alone = Collector(pool, None, tables[1], modes=modes)
         self.both = (self.probed, self.alone)
         limits = Limits(budget=probes.costs.create_ns * LOAD / 1e9)

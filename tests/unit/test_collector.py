@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from collector import record
 from collector.collector import THOROUGH_BLOCK, Collector, Settings
+from collector.record import Bools, Slots
 from collector.table import SessionTable
 from tests.unit.simulated_dpvs import BASE, MODES, STRIDE, WORKERS, SimulatedDpvs
 
@@ -22,8 +23,9 @@ class Node:
         self.dirty = self.table.add_peer("peer")
         rates = Settings(**wanted)
         self.collector = Collector(
-            self.dpvs, self.dpvs, self.table, modes=MODES, workers=WORKERS, lost=self.dpvs.lost, settings=rates
-        )
+            self.dpvs, self.dpvs, self.table, modes=MODES, workers=WORKERS, lost=self.dpvs.lost, settings=rates,
+            clock=lambda: self.dpvs.now_ns,
+        )  # fmt: skip
 
     def tick(self) -> None:
         self.collector.tick(self.dpvs.clock())
@@ -53,6 +55,26 @@ def test_a_creation_is_in_the_table_after_one_tick(node: Node) -> None:
     assert row["fwdmode"] == record.FNAT
     assert row["caddr"].tolist() == [10, 0, 0, 7] + [0] * 12
     assert node.taken() == [3]
+
+
+def test_a_creation_between_the_start_of_a_scan_and_its_look_is_one_creation(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node()
+    live = node.dpvs.live
+
+    def late(slots: Slots) -> Bools:
+        node.dpvs.create(3, 7)  # after the time that the scan was given, and before it reads
+        monkeypatch.undo()
+        return live(slots)
+
+    monkeypatch.setattr(node.dpvs, "live", late)
+    node.collector.scan_all(node.dpvs.clock())
+    assert node.generation(3) == 1
+    node.tick()  # the event says what was read already
+    assert (node.generation(3), node.collector.counters["created"]) == (1, 1)
+    node.dpvs.free(3)
+    node.dpvs.create(3, 7)
+    node.tick()  # these came later: another session, though all else is the same
+    assert (node.generation(3), node.collector.counters["renewed_by_event"]) == (2, 1)
 
 
 def test_created_point_comes_before_the_hash(node: Node) -> None:

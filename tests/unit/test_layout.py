@@ -91,16 +91,24 @@ def test_unpack_is_little_endian_and_takes_a_base() -> None:
         lambda d: d["dpvs"]["flags"].update(HASHED="hashed"),
         lambda d: d["dpdk"]["structs"].update(dp_vs_conn={"size": 1, "fields": {}}),
         lambda d: d["dpvs"].update(structs=[]),
+        lambda d: d["dpvs"].update(releases=["1.10.2\x1b[2J"]),
+        lambda d: d["dpdk"].update(release="24.11\n"),
+        lambda d: d["dpvs"]["structs"].update({"dp_vs\x7fconn": {"size": 8, "fields": {}}}),
+        lambda d: d["dpvs"]["structs"]["dp_vs_conn"]["fields"].update({"a\x1b[2Jf": [0, 99]}),
+        lambda d: d["dpvs"]["structs"]["dp_vs_conn"]["fields"].update({"a\x1b[2Jf": [0, 9999]}),
+        lambda d: d["dpvs"]["flags"].update({"HASH\x07ED": "0x1"}),
+        lambda d: d["dpvs"]["sockopt_ids"].update({"SOCK\nOPT": 1}),
     ],
 )
 def test_damaged_data_is_refused(damage: Any) -> None:
     data = copy.deepcopy(source())
     damage(data)
-    with pytest.raises(BadLayout):
+    with pytest.raises(BadLayout) as error:
         Layout.parse("damaged", data)
+    assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["0.0.1", "../1.10.2", "", "1.10.2/../x"])
+@pytest.mark.parametrize("name", ["0.0.1", "../1.10.2", "", "1.10.2/../x", "1.10.2\n"])
 def test_no_such_layout(name: str) -> None:
     with pytest.raises(UnknownLayout):
         Layout.load(name)
