@@ -4,17 +4,19 @@
 Each round puts all sessions in, by requests alone or by the injector from a peer's table as a node does, refreshes
 them, and takes them out again. Printed: seconds, what the agent says a session and a callback took on the worker, how
 much of the time the worker was ours, processor time of this process, datagrams lost. What the flow loses with nobody
-injecting comes first. With two processors the worker shares its own with whatever else runs, and the longest callback
-says how long the system took it away.
+injecting comes first. With two processors the worker shares its own with whatever else runs: how often the system took
+it away, and for how long, is printed beside the callbacks that took more than 100 us.
 
 The twin by default; --kind dpvs for the DPVS that DPVS_BIN and DPVS_TOOLS name. A million takes 2.5 GiB of hugepages.
 """
 
 import argparse
 import json
+import re
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,7 @@ class Bench:
 
     def __init__(self, pair: Pair, target: Target, options: argparse.Namespace) -> None:
         self.pair, self.options = pair, options
+        self._threads = [Path(f"/proc/{target.pid}/task/{tid}") for tid in target.workers()]
         node = pair.b
         count = options.sessions
         locals_ = [f"10.9.2.{n}" for n in range(100, 100 + -(-count // PORTS))]
@@ -81,6 +84,15 @@ class Bench:
         door = self.client.door.read().data
         stats: npt.NDArray[np.void] = door["workers"][: int(door["n_workers"])].copy()
         return stats
+
+    def _away(self) -> npt.NDArray[np.int64]:
+        """How often the workers' threads had to give their processor away, and ns for which they waited for it."""
+        times, waited = 0, 0
+        for thread in self._threads:
+            (switches,) = re.findall(r"nonvoluntary_ctxt_switches:\s+(\d+)", (thread / "status").read_text())
+            times += int(switches)
+            waited += int((thread / "schedstat").read_text().split()[1])
+        return np.array([times, waited])
 
     def flow(self) -> Process:
         process = self.pair.spawn(
@@ -108,10 +120,11 @@ class Bench:
 
     def measured(self, name: str, work: Callable[[], None]) -> None:
         process = self.flow()
-        before = self._stats()
+        before, present = self._stats(), self._away()
         cpu, began = time.process_time(), time.perf_counter()
         work()
         took, cpu = time.perf_counter() - began, time.process_time() - cpu
+        times, waited = (self._away() - present).tolist()
         flow = self.end(process)
         after = self._stats()
         records = int((after["records"] - before["records"]).sum())
@@ -127,6 +140,7 @@ class Bench:
             f"{'':31}{chunks} callbacks of {busy / max(1, chunks) / 1000:.1f} us, {late} over 100 us,"
             f" longest so far {longest:.0f}"
         )
+        print(f"{'':31}worker without its processor {times} times, {waited / took / 1e7:.1f} % of the time")
         print(f"{'':31}{self.said(flow)}", flush=True)
 
     def by_requests(self, op: abi.RecordOp, expected: set[int]) -> None:

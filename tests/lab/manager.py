@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 SYSTEMD = "/lib/systemd/systemd"
-START_S = 20.0
+START_S = 120.0
 
 
 def inside(directory: Path) -> None:
@@ -44,7 +44,7 @@ def inside(directory: Path) -> None:
     for line in sys.stdin:
         done = subprocess.run(
             ["systemctl", "--user", *line.split()], env=environment, capture_output=True, text=True, check=False,
-            timeout=60, stdin=subprocess.DEVNULL,
+            timeout=300, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         print(json.dumps([done.returncode, done.stdout + done.stderr]), flush=True)
 

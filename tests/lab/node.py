@@ -255,7 +255,7 @@ class Node(ABC):
         """The program that ``probe`` starts."""
         return [COMMAND]
 
-    def command(self, *arguments: str, check: bool = False, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
+    def command(self, *arguments: str, check: bool = False, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
         """Run one ``dpvs-probe`` command in this node's namespace, to its end."""
         return subprocess.run(
             [str(COMMAND), *arguments],

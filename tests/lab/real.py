@@ -59,7 +59,7 @@ class RealNode(Node):
             [str(Path(os.environ["DPVS_TOOLS"]) / name), *arguments],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
             env={**os.environ, "DPVS_IPC_FILE": str(self.ipc)},
         )

@@ -16,7 +16,7 @@ from tests.lab.node import Attached, Node
 from tests.lab.pair import Pair
 from tests.lab.process import LabError, wait_for
 
-READY_S = "30"
+READY_S = "180"
 
 
 @dataclass

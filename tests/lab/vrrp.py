@@ -69,7 +69,7 @@ class Keepalived:
         """What keepalived itself says of the configuration: exit status, and complaints."""
         done = subprocess.run(
             [KEEPALIVED, "--config-test", "-f", str(self.conf)],
-            capture_output=True, text=True, timeout=20, check=False,
+            capture_output=True, text=True, timeout=120, check=False,
             preexec_fn=self.pair.network.enter_in_child(self.node.name),
         )  # fmt: skip
         return done.returncode, done.stdout + done.stderr
