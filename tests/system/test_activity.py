@@ -124,6 +124,7 @@ def test_orphans_are_asked_for_and_told(pair: Pair) -> None:
     wait_for("all are settled", settled, 5)
     held = len(b.sessions(origin="a"))
     assert 0 < held < 24
+    wait_for("they are in b's DPVS", lambda: len(pair.b.sessions()) == held, 20)
     pair.active("b")
     wait_for("b has all", lambda: {row["client"] for row in b.sessions(port=7)} == a_clients(a), 8, 0.1)
     assert to_b()["link"]["wanted_found"] >= 24 - held
