@@ -125,10 +125,10 @@ def test_what_the_collector_looks_at() -> None:
     how.into(table.row)
     how.read(as_words(np.zeros(3, CONN)))
     looks = Looks(table.rows_, how, u8(SLOTS), i64(SLOTS), i64(SLOTS), u8(SLOTS), np.zeros(SLOTS, np.uint32))
-    assert looks.look(u8(3) + 1, GOOD, 1, 1, i64(3)) == 0
+    assert looks.look(u8(3) + 1, GOOD, 1, 1, 1, i64(3)) == 0
     for whole, slots, again in ((u8(2), GOOD[:2], i64(2)), (u8(3), GOOD + SLOTS, i64(3)), (u8(3), GOOD, i64(2))):
         with pytest.raises(IndexError):
-            looks.look(whole, slots, 1, 1, again)
+            looks.look(whole, slots, 1, 1, 1, again)
     with pytest.raises(IndexError):
         how.read(words(1, 4))
     with pytest.raises(IndexError):
