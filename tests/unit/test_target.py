@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from probes.target import (
     SymbolMissing,
     Target,
     UnsupportedBinary,
+    _content,
     ipc_argument,
     parse_maps,
 )
@@ -270,6 +272,12 @@ class TestRefusals:
         path.write_bytes(content)
         with pytest.raises(UnsupportedBinary):
             Image(str(path))
+
+    def test_a_section_s_name_cannot_write_to_the_terminal(self) -> None:
+        section = SimpleNamespace(compressed=True, name="\x10\x1b[2J")
+        with pytest.raises(UnsupportedBinary, match="compressed") as error:
+            _content(None, section)
+        assert str(error.value).isprintable()
 
     def test_an_address_outside_the_file(self, program: Callable[..., Path]) -> None:
         image = Image(str(program()))
