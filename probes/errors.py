@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The one root of all errors a user can meet.
 
-Rules: str(error) is one line that says what is wrong; ``help_text`` says what to do next. Libraries raise, only the
-command line prints and exits. Modules that need a kind of their own derive it from ``DpvsProbeError`` next to the code
-that raises it.
+Rules: str(error) is one line of what can be printed, whatever a stranger put into it, and says what is wrong;
+``help_text`` says what to do next. Libraries raise, only the command line prints and exits. Modules that need a kind of
+their own derive it from ``DpvsProbeError`` next to the code that raises it.
 """
 
 import os
@@ -18,7 +18,8 @@ class DpvsProbeError(Exception):
     help_text: str = ""
 
     def __init__(self, message: str, *, help_text: str | None = None) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        super().__init__(line if line.isprintable() else "".join(c if c.isprintable() else "?" for c in line))
         if help_text is not None:
             self.help_text = help_text
 

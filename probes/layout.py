@@ -98,8 +98,7 @@ class Layout:
                 structs=structs,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = "".join(c if c.isprintable() else "?" for c in str(error)[:100])
-            raise BadLayout(f"layout {name} is malformed: {type(error).__name__} {what}") from None
+            raise BadLayout(f"layout {name} is malformed: {type(error).__name__} {str(error)[:100]}") from None
 
     def changed(self, struct: Struct) -> "Layout":
         """The same with another struct in place of the one of that name."""
@@ -195,9 +194,10 @@ def _struct(layout: str, name: str, body: Mapping[str, Any]) -> Struct:
     size = _number(body["size"])
     fields = {}
     for field, (offset, length) in body["fields"].items():
+        member = _identifier(field)
         if _number(offset) + _number(length) > size:
-            raise BadLayout(f"layout {layout}: {name}.{_identifier(field)} lies outside its struct")
-        fields[_identifier(field)] = (offset, length)
+            raise BadLayout(f"layout {layout}: {name}.{member} lies outside its struct")
+        fields[member] = (offset, length)
     return Struct(name, size, fields)
 
 

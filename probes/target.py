@@ -467,7 +467,7 @@ class Target:
 def _content(elf: ELFFile, section: Any) -> bytes:
     """What the file has of a section: never more than the file, whatever the section claims."""
     if section.compressed or section["sh_type"] == "SHT_NOBITS":
-        raise UnsupportedBinary(f"section {str(section.name)[:40]!r} of the program is compressed or not there")
+        raise UnsupportedBinary(f"section {section.name} of the program is compressed or not there")
     elf.stream.seek(section["sh_offset"])
     return bytes(elf.stream.read(section["sh_size"]))
 
