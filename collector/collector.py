@@ -18,7 +18,8 @@ Rules:
   on the next tick, tells nothing new.
 - A session with flag INJECTED was put in for a peer. As long as it waits for its first packet it is a copy: counted,
   not in the table. Once DPVS has moved it on, its packets arrive here: it is ours, and stands in the table like any
-  other. Nothing announces that, nor its end (the probe drops events of such sessions); the scan finds both.
+  other. Nothing announces that; the scan finds it. That a copy was made, or ended, is heard like anything else, and
+  changes nothing in the table.
 - Sessions of one packet are never hashed by DPVS, so they do not get in either.
 """
 
@@ -73,10 +74,10 @@ class Pool(Protocol):
 
 
 class Ring(Protocol):
-    """The ring buffer of the probe program: ``probes.ring.Ring``."""
+    """What the probe program writes: ``probes.ring.ThreadRings``."""
 
     def drain(self, maximum: int) -> Records:
-        """Up to ``maximum`` events that came since the last call, oldest first; dtype EVENT."""
+        """About ``maximum`` events at most that came since the last call, oldest first; dtype EVENT."""
 
 
 class Settings:

@@ -3,10 +3,8 @@
 
 Rules: the governor decides; here is what it needs to know and what its orders mean. Putting probes on or taking them
 off waits for the kernel (tens of milliseconds), so a thread of our own does it, while the loop goes on draining the
-ring. Where no copies of peers' sessions stand in DPVS the probes do not look for them, which is cheaper; the first one
-that is heard or scanned is seen by the collector, and from then on they do. The scan is quick from the moment that the
-probes are to go, and until a whole walk was made after they came back: so whatever happened while nobody was told of it
-is in the table one walk later.
+ring. The scan is quick from the moment that the probes are to go, and until a whole walk was made after they came back:
+so whatever happened while nobody was told of it is in the table one walk later.
 """
 
 import logging
@@ -38,14 +36,12 @@ class Probes(Protocol):
     def reattach(self) -> None: ...
     def detach(self) -> None: ...
     def hits_by_cpu(self) -> npt.NDArray[np.uint64]: ...
-    def drop_copies(self, drop: bool) -> None: ...
 
 
 class Collector(Protocol):
     """``collector.collector.Collector``."""
 
     alone: bool
-    copies: int
     counters: dict[str, int]
 
 
@@ -77,7 +73,6 @@ class Governed:
         self._submit = submit or self._on_thread
         self._working: Future[None] | None = None
         self._order: Order | None = None
-        self._dropping = True  # as the probes begin
         self._began_ns = self._next_ns = now_ns
         self._walked = 0  # walks of the scan that have to be over before it slows down
         self.counters = {"attached": 1, "detached_over_budget": 0, "failed": 0}
@@ -92,9 +87,6 @@ class Governed:
         if now_ns < self._next_ns:
             return
         self._next_ns = now_ns + LOOK_NS
-        if self._dropping != (self._collector.copies > 0):
-            self._dropping = not self._dropping
-            self._probes.drop_copies(self._dropping)
         if self._working is not None and self._working.done():
             self._over(self._working, now_ns)
         order = self.governor.decide(now_ns, self._spent() - self._before, self._seen())

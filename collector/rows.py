@@ -297,7 +297,7 @@ class Looks:
         self.malformed = self.one_packet = self.never_hashed = self.renewed_by_event = self.copies = self.adopted = 0
 
     def hear(self, events: U64, slots: I64, tids: U32, lcores: U8, heard: I64) -> int:
-        """Note what n events, (n, 4) of dtype EVENT, say of their slots; how many distinct slots they name.
+        """Note what n events, (n, 3) of dtype EVENT, say of their slots; how many distinct slots they name.
 
         ``slots``: -1 for addresses of no session; ``tids`` ascending, with their ``lcores``; ``heard``: room for n.
         """
@@ -313,7 +313,7 @@ class Looks:
                 raise IndexError(f"slot {slot} of {limit}")
             time_ns = events[i, 1]
             tid = events[i, 2] & _HALF
-            created = (events[i, 2] >> 32) & 0xFFFF == _CREATE
+            created = events[i, 2] >> 32 == _CREATE
             if self.since_ns[slot] == 0:
                 self.since_ns[slot] = time_ns
             note = self.notes[slot] & ~_ANNOUNCED  # the last event counts

@@ -20,3 +20,7 @@ cpdef fold(const u64[::1] flat, const i64[:] places, const i64[::1] words, const
 cpdef find(const u64[:] addresses, const u64[::1] starts, const u64[::1] ends, const i64[::1] pages,
            const i64[::1] page0, const u64[::1] first, const i64[::1] base, const u64[::1] count, int shift,
            u64 stride, i64[::1] out)
+@cython.locals(rings=Py_ssize_t, ring=Py_ssize_t, found=Py_ssize_t, room=u64, tid=u64, tail=u64, count=u64,
+               base=u64, i=u64, number=i64, place=u64, time_ns=u64, word=u64)
+cpdef Py_ssize_t take(const u64[::1] events, u64 size, const u64[::1] tails, const u64[::1] heads, const u64[::1] tids,
+                      u64 before_ns, u64[:, ::1] out, i64[::1] taken) except -1

@@ -94,3 +94,36 @@ def find(
         number = (address - first[page]) // stride
         if number < count[page] and first[page] + number * stride == address:
             out[i] = base[page] + number
+
+
+def take(events: U64, size: int, tails: U64, heads: U64, tids: U64, before_ns: int, out: U64, taken: I64) -> int:
+    """To ``out``, (n, 3), events of dtype EVENT of several rings, one ring after the other; how many in all.
+
+    ``events``: the rings one behind the other, ``size`` (a power of two) events of two words each, struct brief;
+    ``tails``, ``heads``: of each ring what to begin with and what to end before; ``before_ns``: nothing later is taken;
+    ``taken``: how many of each.
+    """
+    rings, found, room = tails.shape[0], 0, out.shape[0]
+    if not heads.shape[0] == tids.shape[0] == taken.shape[0] == rings or out.shape[1] != 3:
+        raise IndexError("arrays of sizes that do not fit")
+    if size <= 0 or size & (size - 1) or events.shape[0] < 2 * size * rings:
+        raise IndexError("rings of another size")
+    for ring in range(rings):
+        if heads[ring] - tails[ring] > room:
+            raise IndexError("no room for what is taken")
+        room -= heads[ring] - tails[ring]
+    for ring in range(rings):
+        tid, tail, count, base, number = tids[ring], tails[ring], heads[ring] - tails[ring], size * ring, 0
+        for i in range(count):
+            place = 2 * (base + ((tail + i) & (size - 1)))
+            time_ns = events[place + 1]
+            if time_ns > before_ns:
+                break
+            word = events[place]
+            out[found, 0] = word & 0x3FFFFFFFFFFFFFFF
+            out[found, 1] = time_ns
+            out[found, 2] = tid | (word >> 62) << 32
+            number += 1
+            found += 1
+        taken[ring] = number
+    return found

@@ -30,16 +30,16 @@ import numpy as np
 import numpy.typing as npt
 
 from probes.errors import DpvsProbeError, NeedRoot
-from probes.layout import SESSION, Layout
 from probes.practice import Costs, Practice, PracticeFailed, assumed, median_of_rounds
-from probes.ring import CREATE, FREE, Ring
+from probes.ring import BRIEF_BYTES, CREATE, FREE, THREADS, Ring, ThreadRings
 from probes.sites import Site
 from probes.target import Target
 from probes.uprobe import TRACE_UPROBE_MULTI, MultiUprobe, Uprobe
 
-RING_PAGES = 2048  # 8 MiB: 200 000 events
+RING_PAGES = 2048  # 8 MiB: 500 000 events
+SHARED_PART = 8  # of the rings of workers, that is the size of the one for all other threads
 # One cache line of counters for each CPU; the order is that of bpf/session.bpf.c.
-COUNTERS = ("hits_create", "hits_free", "injected", "lost", "unreadable")
+COUNTERS = ("hits_create", "hits_free", "lost")
 COUNTERS_PER_CPU = 8
 SOURCE_VARIABLE = "BCC_KERNEL_SOURCE"
 
@@ -68,47 +68,50 @@ class UnsupportedMachine(DpvsProbeError):
 
 class Probes:
     """The session probes of one DPVS. ``attach`` compiles and attaches; ``detach`` and ``reattach`` toggle; ``close``
-    ends. ``map_fd``, ``ring_bytes``: of the ring buffer, for ``Ring.map``; ``ring()`` does that."""
+    ends. ``ring_bytes``: of all rings."""
 
     def __init__(
         self,
-        target: Target,
-        layout: Layout,
+        target: Target | None,
         sites: Sequence[Site],
         ring_pages: int = RING_PAGES,
-        *,
-        copies: bool = True,
     ) -> None:
+        """``target``: None to probe only processes of our own. ``ring_pages``: of the rings of all workers together;
+        each worker has one of its own, of a page at least.
+        """
         create, free = sites
         if ring_pages <= 0 or ring_pages & (ring_pages - 1):
             raise ProgramFailed(f"a ring of {ring_pages} pages is no power of two", help_text="Give a power of two.")
         self._target = target
         self.sites = (create, free)
-        self.ring_bytes = ring_pages * mmap.PAGESIZE
+        self._workers = sorted(target.workers()) if target is not None else []
+        rings = min(THREADS, 1 << max(0, len(self._workers) - 1).bit_length())
+        pages = max(ring_pages // rings, 1)
+        self._shared_bytes = max(ring_pages // SHARED_PART, 1) * mmap.PAGESIZE
+        self._shape = rings, pages * mmap.PAGESIZE // BRIEF_BYTES
+        self.ring_bytes = self._shared_bytes + rings * pages * mmap.PAGESIZE
         cpus = possible_cpus()
         flags = [
             f"-DCREATE_CONN={create.pt_regs_field}",
             f"-DFREE_CONN={free.pt_regs_field}",
-            f"-DCONN_FLAGS_OFFSET={layout.offset(SESSION, 'flags')}",
-            f"-DINJECTED_FLAG={layout.flag('INJECTED')}",
-            f"-DRING_PAGES={ring_pages}",
+            f"-DTHREADS={THREADS}",
+            f"-DRINGS={rings}",
+            f"-DEVENTS={self._shape[1]}",
+            f"-DSHARED_PAGES={self._shared_bytes // mmap.PAGESIZE}",
             f"-DCOUNTER_SLOTS={cpus * COUNTERS_PER_CPU}",
         ]
         self._uprobes: list[Uprobe | MultiUprobe] = []
-        self._rings: list[Ring] = []
+        self._rings: list[ThreadRings] = []
         self._bpf = _compile(flags)
         try:
             self._either = _load_multi(self._bpf, b"session_either")
             self._programs: list[int] = []
-            self.map_fd: int = self._bpf[b"events"].map_fd
             self._counters_map = mmap.mmap(
                 self._bpf[b"counters"].map_fd, _pages(cpus * COUNTERS_PER_CPU * 8), mmap.MAP_SHARED, mmap.PROT_READ
             )
             counters = np.frombuffer(self._counters_map, np.uint64, cpus * COUNTERS_PER_CPU)
             self._counters: npt.NDArray[np.uint64] = counters.reshape(cpus, COUNTERS_PER_CPU)
             self._before: npt.NDArray[np.uint64] = np.zeros_like(self._counters)
-            self._copies_map = mmap.mmap(self._bpf[b"copies"].map_fd, mmap.PAGESIZE)
-            self.drop_copies(True)
         except BaseException:
             _free(self._bpf)
             raise
@@ -120,11 +123,11 @@ class Probes:
             raise
 
     @classmethod
-    def attach(cls, target: Target, layout: Layout, sites: Sequence[Site], ring_pages: int = RING_PAGES) -> Self:
+    def attach(cls, target: Target, sites: Sequence[Site], ring_pages: int = RING_PAGES) -> Self:
         """Compile the program for this DPVS and put it on the (create, free) sites."""
         if platform.machine() != "x86_64":
             raise UnsupportedMachine(f"this is a {platform.machine()} machine")
-        probes = cls(target, layout, sites, ring_pages)
+        probes = cls(target, sites, ring_pages)
         try:
             probes.reattach()
         except BaseException:
@@ -141,6 +144,7 @@ class Probes:
         if self._uprobes:
             return
         try:
+            assert self._target is not None
             offsets = [self._target.file_offset(site.address) for site in self.sites]
             self._uprobes = self._put(self._target.pid, self._target.exe_path, offsets)
         except BaseException:
@@ -169,13 +173,14 @@ class Probes:
 
     def _practise(self) -> None:
         """Find out on a process of our own which way works and what a hit costs. Nothing of it is counted or heard."""
+        rings = self._map_rings()
         try:
             with Practice([(site.kind, site.conn_register) for site in self.sites]) as practice:
                 bare = [practice.run(which, 10_000) for which in range(2)]
-                costs = self._try(practice)
+                costs = self._try(practice, rings)
                 if costs is None and self._either is not None:
                     self._either = None  # this kernel's link passes over threads, or is not there
-                    costs = self._try(practice)
+                    costs = self._try(practice, rings)
         except PracticeFailed as error:
             log.warning("the cost of a hit is not measured: %s", error)
             if self._either is not None:
@@ -183,14 +188,14 @@ class Probes:
             return
         finally:
             self._before = self._counters.copy()
-            with Ring.map(self.map_fd, self.ring_bytes) as ring:
-                while len(ring.drain()):
-                    pass
+            _empty(rings)
+            rings.release()
+            rings.close()
         if costs is not None:
             create, free = (max(0.0, cost - one) for cost, one in zip(costs, bare, strict=True))
             self.costs = Costs(create, free, measured=True)
 
-    def _try(self, practice: Practice) -> tuple[float, float] | None:
+    def _try(self, practice: Practice, rings: ThreadRings) -> tuple[float, float] | None:
         """Nanoseconds of each loop with the probes on; None if they cannot be put on, or a hit was not counted."""
         before = self.hits()
         try:
@@ -199,22 +204,21 @@ class Probes:
             log.debug("%s: %s", self.how, error)
             return None
         try:
-            create, creates = median_of_rounds(practice, 0, self.sites[0].cost_ns)
-            free, frees = median_of_rounds(practice, 1, self.sites[1].cost_ns)
+            practice.run(0, 1)
+            _empty(rings)  # its thread is heard, and has a ring of its own, as workers have
+            found = [
+                median_of_rounds(practice, which, site.cost_ns, most=rings.size // 2, between=lambda: _empty(rings))
+                for which, site in enumerate(self.sites)
+            ]
         finally:
             for uprobe in uprobes:
                 uprobe.close()
         after = self.hits()
-        if (after["create"] - before["create"], after["free"] - before["free"]) != (creates, frees):
-            log.debug("%s: %d of %d hits counted", self.how, after["create"] - before["create"], creates)
+        expected = (found[0][1] + 1, found[1][1])
+        if (after["create"] - before["create"], after["free"] - before["free"]) != expected:
+            log.debug("%s: %d of %d hits counted", self.how, after["create"] - before["create"], expected[0])
             return None
-        return create, free
-
-    def drop_copies(self, drop: bool) -> None:
-        """Whether events of sessions that a peer put in are dropped in the kernel. They change nothing where they are
-        heard; not to look for them makes each hit a little cheaper.
-        """
-        self._copies_map[:8] = int(drop).to_bytes(8, "little")
+        return found[0][0], found[1][0]
 
     def detach(self) -> None:
         """Take the probes away; the ring stays and can still be drained."""
@@ -222,11 +226,16 @@ class Probes:
         for uprobe in uprobes:
             uprobe.close()
 
-    def ring(self) -> Ring:
-        """The mapped ring buffer; closed with the probes. There may be one consumer only."""
-        ring = Ring.map(self.map_fd, self.ring_bytes)
-        self._rings.append(ring)
-        return ring
+    def ring(self) -> ThreadRings:
+        """All that the program writes, mapped; closed with the probes. There may be one consumer only."""
+        rings = self._map_rings()
+        rings.adopt(self._workers)
+        self._rings.append(rings)
+        return rings
+
+    def _map_rings(self) -> ThreadRings:
+        shared = Ring.map(self._bpf[b"shared"].map_fd, self._shared_bytes)
+        return ThreadRings.map(shared, self._bpf[b"threads"].map_fd, self._bpf[b"rings"].map_fd, *self._shape)
 
     def counters(self) -> dict[str, int]:
         """All counters since loading: no system call, may be asked as often as one likes."""
@@ -243,7 +252,7 @@ class Probes:
         return self._counted()[:, :2]
 
     def lost(self) -> int:
-        """Events that found the ring full."""
+        """Events that found their ring full."""
         return int(self._counted()[:, COUNTERS.index("lost")].sum())
 
     def _counted(self) -> npt.NDArray[np.uint64]:
@@ -259,7 +268,6 @@ class Probes:
             self._counters = self._counted()
             self._before = np.zeros_like(self._counters)
             self._counters_map.close()
-            self._copies_map.close()
             _free(self._bpf)
             self._bpf = None
 
@@ -422,6 +430,11 @@ def _first_error(output: Any) -> str:
     output.seek(0)
     lines = output.read().decode(errors="replace").splitlines()
     return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message").strip()
+
+
+def _empty(rings: ThreadRings) -> None:
+    while len(rings.drain()):
+        pass
 
 
 def _pages(size: int) -> int:

@@ -13,7 +13,7 @@ import statistics
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -166,7 +166,23 @@ class Practice:
         self.close()
 
 
-def median_of_rounds(practice: Practice, which: int, expected_ns: float, rounds: int = ROUNDS) -> tuple[float, int]:
-    """(median of several rounds in nanoseconds a time, how often the loop was gone through in all)."""
-    count = max(50, int(ROUND_NS / expected_ns))
-    return statistics.median(practice.run(which, count) for _ in range(rounds)), count * rounds
+def median_of_rounds(
+    practice: Practice,
+    which: int,
+    expected_ns: float,
+    rounds: int = ROUNDS,
+    *,
+    most: int = 1 << 30,
+    between: Callable[[], None] | None = None,
+) -> tuple[float, int]:
+    """(median of several rounds in nanoseconds a time, how often the loop was gone through in all).
+
+    ``most``: times in one round; ``between``: called after each.
+    """
+    count = min(max(50, int(ROUND_NS / expected_ns)), most)
+    times = []
+    for _ in range(rounds):
+        times.append(practice.run(which, count))
+        if between is not None:
+            between()
+    return statistics.median(times), count * rounds

@@ -280,7 +280,7 @@ class Attachment:
         await asyncio.sleep(0)  # signals get in between steps
         probes: Probes | None = None
         if sites:
-            probes = stack.enter_context(Probes(target, layout, sites, options.ring_pages))  # compiled, not attached
+            probes = stack.enter_context(Probes(target, sites, options.ring_pages))  # compiled, not attached
         await asyncio.sleep(0)
         packets = _packets(options, stack)
         listener = transport.listener(options.listen) if options.listen else None

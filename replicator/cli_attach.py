@@ -136,7 +136,7 @@ STATES = tuple(dict.fromkeys(TCP_STATES + UDP_STATES))
 @click.option("--layout", help="Use this struct layout instead of the one that fits; it is proven all the same.")
 @click.option(
     "--ring-pages", type=click.IntRange(1, 1 << 16), default=2048, show_default=True,
-    help="Size of the ring buffer for events, in pages of 4 KiB; a power of two.",
+    help="Size of the workers' rings for events together, in pages of 4 KiB; a power of two.",
 )  # fmt: skip
 @click.option(
     "--probe-budget", cls=Live, type=click.FloatRange(0, 100), default=5.0, show_default=True, metavar="PERCENT",

@@ -37,7 +37,7 @@ CONN = np.dtype(
     ],
     align=True,
 )  # fmt: skip
-EVENT = np.dtype([("conn", "<u8"), ("time_ns", "<u8"), ("tid", "<u4"), ("kind", "<u2"), ("flags", "<u2"), ("r", "<u8")])
+EVENT = np.dtype([("conn", "<u8"), ("time_ns", "<u8"), ("tid", "<u4"), ("kind", "<u4")])
 XMIT, STRIDE = 1, 704
 _STRIDE = np.uint64(STRIDE)
 

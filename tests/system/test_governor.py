@@ -243,7 +243,7 @@ def eyes_on(pair: Pair) -> Iterator[Eyes]:
     with ExitStack() as stack:
         target = stack.enter_context(Target.open(pair.a.pid))
         pool = stack.enter_context(SessionPool.open(target, pair.a.layout))
-        probes = stack.enter_context(Probes.attach(target, pair.a.layout, session_sites(target.function)))
+        probes = stack.enter_context(Probes.attach(target, session_sites(target.function)))
         eyes = Eyes(pool, target, probes)
         stack.callback(eyes.governed.close)
         yield eyes

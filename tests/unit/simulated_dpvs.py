@@ -20,9 +20,7 @@ CONN = np.dtype(
     ],
     align=True,
 )  # fmt: skip
-EVENT = np.dtype(
-    [("conn", "<u8"), ("time_ns", "<u8"), ("tid", "<u4"), ("kind", "<u2"), ("flags", "<u2"), ("reserved", "<u8")]
-)
+EVENT = np.dtype([("conn", "<u8"), ("time_ns", "<u8"), ("tid", "<u4"), ("kind", "<u4")])
 BASE, STRIDE = 0x1000_0000, 704
 XMIT_FNAT = 0x40_0000
 MODES = {XMIT_FNAT: record.FNAT}
@@ -37,7 +35,6 @@ class SimulatedDpvs:
         self.conns = np.zeros(slots, CONN)
         self.torn: set[int] = set()  # slots whose next read is torn
         self.losing = False
-        self.hides_copies = True  # the program drops events of copies; it does not where none are put in
         self.now_ns = 1_000_000_000
         self._events: list[tuple[int, int, int, int]] = []
         self._lost = 0
@@ -59,7 +56,7 @@ class SimulatedDpvs:
         fresh["timeout_s"] = 30
         fresh["flags"] = flags | (record.HASHED if hashed else 0)
         self.conns[slot] = fresh
-        self._event(slot, 1, tid, flags)
+        self._event(slot, 1, tid)
 
     def hash(self, slot: int) -> None:
         self.conns["flags"][slot] |= record.HASHED
@@ -70,7 +67,7 @@ class SimulatedDpvs:
     def free(self, slot: int, tid: int = 5001) -> None:
         """dp_vs_conn_expire: unhash, free point; memory stays as it is."""
         self.unhash(slot)
-        self._event(slot, 2, tid, int(self.conns["flags"][slot]))
+        self._event(slot, 2, tid)
 
     def inject(self, slot: int, client: int) -> None:
         """What the agent does: a copy that waits for its first packet."""
@@ -101,11 +98,11 @@ class SimulatedDpvs:
     def packet(self, slot: int) -> None:
         self.conns["rs_end_seq"][slot] += 1
 
-    def _event(self, slot: int, kind: int, tid: int, flags: int) -> None:
+    def _event(self, slot: int, kind: int, tid: int) -> None:
         self.now_ns += 1000
         if self.losing:
             self._lost += 1
-        elif not (self.hides_copies and flags & record.INJECTED):
+        else:
             self._events.append((slot, self.now_ns, tid, kind))
 
     # What the collector sees.

@@ -38,9 +38,9 @@ PATIENCE = 6  # a busy machine takes so many times as long as an idle one, on wh
 class LiveDpvs(SimulatedDpvs):
     """One whose events carry the time of the real clock."""
 
-    def _event(self, slot: int, kind: int, tid: int, flags: int) -> None:
+    def _event(self, slot: int, kind: int, tid: int) -> None:
         self.now_ns = time.monotonic_ns()
-        super()._event(slot, kind, tid, flags)
+        super()._event(slot, kind, tid)
 
     def churn(self, random: np.random.Generator, steps: int) -> None:
         """Sessions that come, get established and go."""

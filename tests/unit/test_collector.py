@@ -438,8 +438,7 @@ def test_a_frozen_table_keeps_the_sessions_of_a_dead_process(node: Node) -> None
     assert node.table.count == 1
 
 
-def test_a_copy_that_is_heard_stays_out_all_the_same(node: Node) -> None:
-    node.dpvs.hides_copies = False
+def test_a_copy_that_is_heard_stays_out(node: Node) -> None:
     node.dpvs.create(3, 7, flags=record.INJECTED, hashed=False)
     node.tick()
     node.dpvs.hash(3)  # NONE for a moment
@@ -628,17 +627,5 @@ class Histories(RuleBasedStateMachine):
             assert self.seen.setdefault(key, (tuple_bytes, 0))[0] == tuple_bytes
 
 
-Histories.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+Histories.TestCase.settings = settings(max_examples=110, stateful_step_count=50, deadline=None)
 TestHistories = Histories.TestCase
-
-
-class HistoriesWithCopiesHeard(Histories):
-    """The same where the program does not drop events of copies: they change nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dpvs.hides_copies = False
-
-
-HistoriesWithCopiesHeard.TestCase.settings = settings(max_examples=30, stateful_step_count=50, deadline=None)
-TestHistoriesWithCopiesHeard = HistoriesWithCopiesHeard.TestCase

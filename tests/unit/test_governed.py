@@ -29,11 +29,8 @@ class FakeProbes:
 
     def __init__(self) -> None:
         self.hits = np.zeros((4, 2), np.uint64)
-        self.on = self.dropping = True
+        self.on = True
         self.refuses: Exception | None = None
-
-    def drop_copies(self, drop: bool) -> None:
-        self.dropping = drop
 
     def hits_by_cpu(self) -> npt.NDArray[np.uint64]:
         return self.hits.copy()
@@ -50,7 +47,6 @@ class FakeProbes:
 class FakeCollector:
     def __init__(self) -> None:
         self.alone = False
-        self.copies = 0
         self.counters = {"created": 0, "deleted": 0, "scan_passes": 0}
 
 
@@ -87,15 +83,6 @@ class World:
         self.now_ns += int(seconds * SECOND)
         self.governed.tick(self.now_ns)
         return self.governed.status()
-
-
-def test_copies_are_looked_for_where_there_are_any() -> None:
-    world = World()
-    assert world.probes.dropping  # until somebody has looked
-    for copies, dropping in ((0, False), (3, True), (2, True), (0, False)):
-        world.collector.copies = copies
-        world.tick()
-        assert world.probes.dropping is dropping
 
 
 def test_hits_times_costs_are_the_share() -> None:

@@ -132,9 +132,9 @@ def test_what_the_collector_looks_at() -> None:
     with pytest.raises(IndexError):
         how.read(words(1, 4))
     with pytest.raises(IndexError):
-        looks.hear(words(1, 4), np.array([SLOTS]), np.zeros(0, np.uint32), u8(0), i64(1))
+        looks.hear(words(1, 3), np.array([SLOTS]), np.zeros(0, np.uint32), u8(0), i64(1))
     with pytest.raises(IndexError):
-        looks.hear(words(2, 4), GOOD[:2], np.zeros(0, np.uint32), u8(0), i64(1))
+        looks.hear(words(2, 3), GOOD[:2], np.zeros(0, np.uint32), u8(0), i64(1))
 
 
 def test_what_fits_is_done() -> None:

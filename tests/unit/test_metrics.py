@@ -200,8 +200,6 @@ class NoProbes:
 
     def detach(self) -> None: ...
 
-    def drop_copies(self, drop: bool) -> None: ...
-
     def hits_by_cpu(self) -> npt.NDArray[np.uint64]:
         return np.zeros((1, 2), np.uint64)
 

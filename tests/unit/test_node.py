@@ -81,7 +81,7 @@ def test_status(tmp_path: Path) -> None:
             (status,) = await answer(a, "status")
             assert (status["node"], status["pid"], status["state"]) == ("a", 4711, "attached")
             assert status["sessions"] == {"own": 4, "copies": 1, "of_peers": {}}
-            assert status["events"]["created"] == 5
+            assert status["events"]["created"] == 6  # the copy too
             assert status["events"]["freed"] == 1
             assert status["events"]["lost"] == 0
             assert status["complete"] is True
