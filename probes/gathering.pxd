@@ -7,6 +7,8 @@ ctypedef unsigned int u32
 ctypedef unsigned long long u64
 ctypedef long long i64
 
+cdef u64 _CONN
+
 @cython.locals(i=Py_ssize_t, k=Py_ssize_t, low=i64, high=i64, outside=bint)
 cdef int _inside(const u64[::1] flat, const i64[:] places, const i64[::1] words) except -1
 @cython.locals(i=Py_ssize_t, k=Py_ssize_t, n=Py_ssize_t, each=Py_ssize_t, place=i64)

@@ -13,6 +13,8 @@ U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
+_CONN = (1 << 62) - 1  # of the first word of an event: the address; the rest is its kind
+
 
 def _inside(flat: U64, places: I64, words: I64) -> None:
     """Raise IndexError unless all words of all places are in ``flat``."""
@@ -120,7 +122,7 @@ def take(events: U64, size: int, tails: U64, heads: U64, tids: U64, before_ns: i
             if time_ns > before_ns:
                 break
             word = events[place]
-            out[found, 0] = word & 0x3FFFFFFFFFFFFFFF
+            out[found, 0] = word & _CONN
             out[found, 1] = time_ns
             out[found, 2] = tid | (word >> 62) << 32
             number += 1
