@@ -17,6 +17,8 @@ that of the higher node id (docs/ownership.md). The table sets it as a session b
 import numpy as np
 import numpy.typing as npt
 
+from probes import layout
+
 RECORD = np.dtype(
     {
         "names": [
@@ -67,9 +69,9 @@ TCP_STATES = (
     "NONE", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT", "TIME_WAIT",
     "CLOSE", "CLOSE_WAIT", "LAST_ACK", "LISTEN", "SYNACK",
 )  # fmt: skip
-# UDP states: include/ipvs/proto_udp.h.
+# UDP states, in the numbers of 1.10.2 whatever those of this node's release are.
 UDP_NONE, UDP_ONEWAY, UDP_NORMAL = range(3)
-UDP_STATES = ("NONE", "ONEWAY", "NORMAL", "LAST")
+UDP_STATES = layout.UDP_STATES
 # SCTP states: include/ipvs/proto_sctp.h.
 SCTP_INIT, SCTP_ESTABLISHED, SCTP_SHUTDOWN_ACK_SENT = 2, 8, 11
 SCTP_STATES = (

@@ -20,6 +20,9 @@ from probes.errors import DpvsProbeError
 FORMAT = 1
 SESSION = "dp_vs_conn"
 LOOKUP = "dp_vs_service_lookup"  # a function, as a struct of what its caller puts on the stack
+UDP_STATES = ("NONE", "ONEWAY", "NORMAL", "LAST")  # DPVS_UDP_S_*, include/ipvs/proto_udp.h, since 1.9.6
+UDP_NUMBERS = {name: number for number, name in enumerate(UDP_STATES)}
+MAX_STATE = 255
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a layout
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # of C: struct, member, flag, request
 
@@ -63,6 +66,7 @@ class Layout:
     sockopt_ids: Mapping[str, int]
     flags: Mapping[str, int]
     structs: Mapping[str, Struct]
+    udp_states: Mapping[str, int]  # of UDP_STATES those that it has; up to 1.9.4 there are two, numbered otherwise
 
     @classmethod
     def shipped(cls) -> list[str]:
@@ -96,6 +100,7 @@ class Layout:
                 sockopt_ids={_identifier(key): _number(value) for key, value in dpvs["sockopt_ids"].items()},
                 flags={_identifier(key): _number(int(value, 16)) for key, value in dpvs["flags"].items()},
                 structs=structs,
+                udp_states=_udp_states(dpvs.get("udp_states", UDP_NUMBERS)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadLayout(f"layout {name} is malformed: {type(error).__name__} {str(error)[:100]}") from None
@@ -131,6 +136,11 @@ class Layout:
 
     def offset(self, struct: str, name: str) -> int:
         return self.field(struct, name)[0]
+
+    @property
+    def udp_waits(self) -> bool:
+        """Whether a copy of a UDP session can wait as NONE: only where no session that DPVS made is in that state."""
+        return self.udp_states == UDP_NUMBERS
 
     def flag(self, name: str) -> int:
         try:
@@ -199,6 +209,14 @@ def _struct(layout: str, name: str, body: Mapping[str, Any]) -> Struct:
             raise BadLayout(f"layout {layout}: {name}.{member} lies outside its struct")
         fields[member] = (offset, length)
     return Struct(name, size, fields)
+
+
+def _udp_states(names: Mapping[str, int]) -> Mapping[str, int]:
+    if not names or not set(names) <= set(UDP_STATES) or len(set(names.values())) < len(names):
+        raise ValueError(f"{str(dict(names))[:60]} are not states of UDP")
+    if max(map(_number, names.values())) > MAX_STATE:
+        raise ValueError("a state of UDP is too large a number")
+    return names
 
 
 def _number(value: Any) -> int:

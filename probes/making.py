@@ -17,16 +17,18 @@ from typing import Any
 
 from probes import dwarf
 from probes.errors import DpvsProbeError
-from probes.layout import FORMAT, LOOKUP, Layout, Struct
+from probes.layout import FORMAT, LOOKUP, UDP_STATES, Layout, Struct
 
 MODEL = "1.10.2"
 SOCKOPT_VERSION = 0x10000  # SOCKOPT_VERSION, include/conf/sockopts.h or ctrl.h; the same from 1.7 to 1.10
 HEADERS = (
-    "ipvs/conn.h", "ipvs/service.h", "ipvs/dest.h", "ipvs/laddr.h", "ipvs/redirect.h", "ipvs/proto.h", "sa_pool.h",
-    "inetaddr.h", "ctrl.h", "timer.h", "conf/conn.h", "conf/sockopts.h", "conf/service.h", "conf/laddr.h",
+    "ipvs/conn.h", "ipvs/service.h", "ipvs/dest.h", "ipvs/laddr.h", "ipvs/redirect.h", "ipvs/proto.h",
+    "ipvs/proto_udp.h", "sa_pool.h", "inetaddr.h", "ctrl.h", "timer.h", "conf/conn.h", "conf/sockopts.h",
+    "conf/service.h", "conf/laddr.h",
 )  # fmt: skip
 SOURCES = ("src/ipvs/ip_vs_laddr.c",)  # struct dp_vs_laddr is in no header
 FLAG = "DPVS_CONN_F_"
+UDP_STATE = "DPVS_UDP_S_"
 # The function that finds services, by the arguments that it has in releases: what is on the stack then, and its size.
 LOOKUP_ARGUMENTS = (
     "int, uint16_t, const union inet_addr *, uint16_t, uint32_t, const struct rte_mbuf *, const struct dp_vs_match *"
@@ -35,6 +37,7 @@ LOOKUPS = {
     "lcoreid_t": Struct(LOOKUP, 24, {"match": (8, 8), "cid": (16, 1)}),
     "bool *, lcoreid_t": Struct(LOOKUP, 32, {"match": (8, 8), "outwall": (16, 8), "cid": (24, 1)}),
 }
+_UDP_NAMES = [UDP_STATE + name for name in UDP_STATES]
 OURS = "INJECTED"  # our own flag: DPVS must have none of that value
 STOCK = ("-DDPVS_MAX_SOCKET=2", "-DDPVS_MAX_LCORE=64", "-DCONFIG_DPVS_LOG", "-DCONFIG_DPVS_PDUMP", "-D__DPVS__")
 
@@ -80,7 +83,8 @@ def of_tree(tree: Path, includes: Sequence[Path], flags: Sequence[str], releases
         _compile([*options, "-g", "-O0", "-c", "-fno-eliminate-unused-debug-types", str(place), "-o", str(built)])
         version = _compile([*options, "-E", "-P", str(place)])
         lookups = [f"probe_lookup_{n}" for n in range(len(LOOKUPS))]
-        values = [*flag_names, *ids, *(f"probe_{n}" for n in (*flag_names, *ids, "SOCKOPT_VERSION")), *lookups]
+        names = [*flag_names, *ids]
+        values = [*names, *_UDP_NAMES, *(f"probe_{n}" for n in (*names, "SOCKOPT_VERSION")), *lookups]
         found = dwarf.read(built, wanted, values)
         for name, struct in zip(lookups, LOOKUPS.values(), strict=True):
             if found.values.get(name):
@@ -94,7 +98,8 @@ def of_debug_build(path: Path, releases: Sequence[str]) -> dict[str, Any]:
     """The content of a layout file for a program with debug information, or for the debug file of one."""
     model = _model()
     wanted = [*model["dpvs"]["structs"], *model["dpdk"]["structs"]]
-    names = [*(FLAG + name for name in model["dpvs"]["flags"] if name != OURS), *model["dpvs"]["sockopt_ids"]]
+    flags = [FLAG + name for name in model["dpvs"]["flags"] if name != OURS]
+    names = [*flags, *model["dpvs"]["sockopt_ids"], *_UDP_NAMES]
     return _content(dwarf.read(path, wanted, names), releases, "unknown", ["as built"])
 
 
@@ -110,6 +115,7 @@ def _content(found: dwarf.Found, releases: Sequence[str], dpdk: str, flags: Sequ
             "sockopt_version": values.get("SOCKOPT_VERSION", SOCKOPT_VERSION),
             "sockopt_ids": {name: values[name] for name in model["dpvs"]["sockopt_ids"] if name in values},
             "flags": _flags(model["dpvs"]["flags"], values),
+            **({"udp_states": states} if (states := _udp_states(values)) else {}),
             "structs": _structs(found, model["dpvs"]["structs"]),
         },
         "dpdk": {"release": dpdk, "structs": _structs(found, model["dpdk"]["structs"])},
@@ -134,6 +140,10 @@ def _flags(model: dict[str, str], values: dict[str, int]) -> dict[str, str]:
     if model[OURS] in flags.values():
         raise CannotMake(f"this DPVS uses the flag {model[OURS]}, which dpvs-probe marks copies with")
     return {**flags, OURS: model[OURS]}
+
+
+def _udp_states(values: dict[str, int]) -> dict[str, int]:
+    return {name: values[UDP_STATE + name] for name in UDP_STATES if UDP_STATE + name in values}
 
 
 def _compile(options: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from probes.layout import SESSION, BadLayout, Evidence, Layout, release_name, select
+from probes.layout import SESSION, UDP_NUMBERS, BadLayout, Evidence, Layout, release_name, select
 from probes.mapping import ROWS, Addresses, MapFailed, Memory, Prints, Words, open_memory
 from probes.mempool import (
     Mempool,
@@ -38,6 +38,8 @@ Conns = npt.NDArray[np.void]
 
 POOL_PREFIX = "dp_vs_conn_"
 AF_INET, AF_INET6 = 2, 10
+UDP = 17
+UNKNOWN_STATE = 0xFFFF
 
 # What ``read`` returns: name -> (member of struct dp_vs_conn, member inside it, dtype). Addresses and ports in network
 # order; a timeval is two 64-bit numbers.
@@ -115,6 +117,16 @@ def session_dtype(layout: Layout) -> "np.dtype[np.void]":
     )
 
 
+def _udp_states(layout: Layout) -> npt.NDArray[np.uint16] | None:
+    """By this layout's number of a state of UDP that of DPVS 1.10.2, UNKNOWN_STATE as the last; None: all the same."""
+    if layout.udp_states == UDP_NUMBERS:
+        return None
+    numbers = np.full(max(layout.udp_states.values()) + 2, UNKNOWN_STATE, np.uint16)
+    for name, number in layout.udp_states.items():
+        numbers[number] = UDP_NUMBERS[name]
+    return numbers
+
+
 class Gather:
     """Which words of a session to fetch for some fields, and the dtype that finds the fields in the fetched words.
 
@@ -167,6 +179,7 @@ class SessionPool:
         self._places = memory.locate(self._table.addresses)
         self.slots = len(self._places)
         self._all = Gather(layout, list(_FIELDS))
+        self._udp_states = _udp_states(layout)
         self._unknown_flags = 0 if layout.has(SESSION, "syn_proxy_seq") else layout.flag("SYNPROXY")
         self._state = Gather(layout, ["flags", "state"])
         self.hot_offsets = np.array([field_offset(layout, n) // 8 * 8 for n in _HOT], np.int64)
@@ -232,7 +245,8 @@ class SessionPool:
     def read(self, slots: Slots) -> tuple[Conns, Bools]:
         """Copies of n sessions, shape (n,), fields as in ``_FIELDS``, and which of them held still while being read.
 
-        A session that did not is to be read again later. Held still does not mean in use: see ``valid``.
+        A session that did not is to be read again later. Held still does not mean in use: see ``valid``. States of UDP
+        are in the numbers of DPVS 1.10.2, whatever those of this release are.
         """
         places = self._places[slots]
         words = np.empty((len(places), len(self._all.offsets)), np.uint64)
@@ -244,7 +258,11 @@ class SessionPool:
             ok[part] = self._memory.still(places[part], self._all.offsets[:steady], words[part])
         if self._all.extra:
             words = np.concatenate((words, np.zeros((len(words), 1), np.uint64)), axis=1)
-        return words.view(self._all.dtype)[:, 0], ok
+        conns = words.view(self._all.dtype)[:, 0]
+        if self._udp_states is not None:
+            udp = conns["proto"] == UDP
+            conns["state"][udp] = self._udp_states.take(conns["state"][udp], mode="clip")
+        return conns, ok
 
     def valid(self, conns: Conns) -> Bools:
         """Which of n read sessions DPVS has in its tables: hashed, of this pool, with DPVS's own timer, referenced.

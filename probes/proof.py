@@ -516,7 +516,7 @@ _TCP = (
     b"TCP_NONE", b"TCP_EST", b"SYN_SENT", b"SYN_RECV", b"FIN_WAIT", b"TIME_WAIT", b"TCP_CLOSE", b"CLOSE_WAIT",
     b"LAST_ACK", b"LISTEN", b"SYNACK",
 )  # fmt: skip
-_UDP = (b"UDP_NONE", b"UDP_ONEWAY", b"UDP_NORM", b"UDP_LAST")
+_UDP = (b"UDP_NONE", b"UDP_ONEWAY", b"UDP_NORM", b"UDP_LAST")  # in the numbers of 1.10.2, as SessionPool.read has them
 _STATES = {6: _TCP, 17: _UDP}
 
 

@@ -426,6 +426,12 @@ def use_peers(links: Links, before: Options, after: Options) -> None:
         links.give(map(str, after.peers))
 
 
+TAKEN_BACK = (
+    "This DPVS was built with other options than the layout knows (docs/layouts.md). No session was told to peers. The "
+    "probes were taken off, the agent was retired, and DPVS goes on as before."
+)
+
+
 class Proving:
     """Proves the layout, at once as far as sessions allow, and again when there are some."""
 
@@ -444,8 +450,8 @@ class Proving:
             log.info("layout %s fits; it will be proven as soon as there are sessions", self._layout.name)
 
     def again(self) -> bool:
-        """Whether it is proven now. Raises LayoutDisproved."""
-        return self._once()
+        """Whether it is proven now, while attached. Raises LayoutDisproved."""
+        return self._once(TAKEN_BACK)
 
     def refused(self) -> bool:
         """Whether nothing may be put into this DPVS, which is said; capture may go on."""
@@ -466,7 +472,7 @@ class Proving:
             found = self._injection = self._look()
         return (*found.wrong, *found.missing, *(found.missing_fullnat if fullnat else ()))
 
-    def _once(self) -> bool:
+    def _once(self, help_text: str | None = None) -> bool:
         proof = self._prove()
         self._injection = proof.injection
         for _ in range(PROOF_TRIES - 1):  # sessions move while we look: what is wrong must be wrong each time
@@ -475,7 +481,10 @@ class Proving:
             proof = self._prove()
         if proof.failed:
             check = proof.failed[0]
-            raise LayoutDisproved(f"layout {self._layout.name} is not that of this DPVS: {check.name}: {check.detail}")
+            raise LayoutDisproved(
+                f"layout {self._layout.name} is not that of this DPVS: {check.name}: {check.detail}",
+                help_text=help_text,
+            )
         if proof.fields_ok:
             self.done = True
             log.info("layout %s proven on %d live sessions", self._layout.name, proof.sampled)

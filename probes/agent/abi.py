@@ -15,7 +15,7 @@ import numpy as np
 HEADER = Path(__file__).with_name("agent_abi.h")
 
 ABI = 2
-BUILD = 5
+BUILD = 6
 MAX_RECORDS = 4096
 MAX_REQUESTS = 8
 RESULTS = 64
@@ -100,7 +100,7 @@ CONFIG = np.dtype(
         ("time_limit_ms", "<u4"), ("sockopt_version", "<u4"), ("sockopt_set_conn", "<u4"),
         ("sockopt_get_conn_min", "<u4"), ("sockopt_get_conn_max", "<u4"),
         ("msg_type_work", "<u4"), ("msg_type_done", "<u4"), ("chunk_limit_ns", "<u4"),
-        ("worker_share", "<u4"), ("watchdog_ms", "<u4"), ("start_retired", "<u4"), ("reserved", "<u4"),
+        ("worker_share", "<u4"), ("watchdog_ms", "<u4"), ("start_retired", "<u4"), ("udp_waits", "<u4"),
         ("digest", "<u8"), ("old_door", "<u8"), ("old_token", "<u8"), ("offsets", "<u2", OFFSETS),
     ]
 )  # fmt: skip

@@ -120,8 +120,7 @@ static inline bool address_equal(int af, const void *a, const void *b)
 }
 
 /* Up to 1.9.4 dp_vs_service_lookup has an argument more, bool *outwall before the lcore: the lcore's place on the stack says
- * which it is (the loader has seen DPVS's own code take it from there). And UDP has one state there, NORMAL, which is 0: a
- * copy that waits could not be told from a live one, and the states of later releases lie outside its table of timeouts. */
+ * which it is (the loader has seen DPVS's own code take it from there). */
 enum { LOOKUP_PLAIN = 16, LOOKUP_OUTWALL = 24 };
 static inline bool is_before_1_9_6(void) { return config.offsets[OFF_dp_vs_service_lookup_cid] == LOOKUP_OUTWALL; }
 

@@ -14,7 +14,7 @@
 #define AGENT_ABI 2
 /* Goes up with each change of the agent's code: a higher one takes over from a lower one, never the other way round. */
 #ifndef AGENT_BUILD
-#define AGENT_BUILD 5
+#define AGENT_BUILD 6
 #endif
 #define AGENT_MAX_RECORDS 4096 /* records a request: 590 KiB, read and split by the master in well under a millisecond */
 #define AGENT_MAX_REQUESTS 8   /* requests outstanding */
@@ -152,7 +152,7 @@ struct agent_config {
 	uint32_t worker_share;	 /* percent of a worker's time that we take at most, while it is not that busy */
 	uint32_t watchdog_ms;	 /* a worker that takes longer over one chunk is not to be trusted any more */
 	uint32_t start_retired;	 /* 1: begin as a stub, to be woken later */
-	uint32_t reserved;
+	uint32_t udp_waits;	 /* 1: no UDP session of DPVS's own is in state 0, so that a copy can wait there */
 	uint64_t digest;   /* of the offsets and ids in here: which layout this agent goes by */
 	uint64_t old_door; /* the door of the agent to take over from; 0: there is none */
 	uint64_t old_token;

@@ -66,6 +66,7 @@ def _of_layout(layout: Layout) -> Any:
     config["sockopt_set_conn"] = layout.sockopt_id("SOCKOPT_SET_CONN")
     config["sockopt_get_conn_min"] = layout.sockopt_id("SOCKOPT_GET_CONN_ALL")
     config["sockopt_get_conn_max"] = layout.sockopt_id("SOCKOPT_GET_CONN_SPECIFIED")
+    config["udp_waits"] = layout.udp_waits
     config["offsets"] = 0xFFFF
     for i, (struct, field) in enumerate(abi.fields()):
         if field is None:

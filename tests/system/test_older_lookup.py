@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A DPVS whose lookup of services takes an argument more, as up to 1.9.4: called as it wants to be, or not at all."""
+"""A DPVS as up to 1.9.4: its lookup of services takes an argument more, and is called as it wants to be or not at all;
+UDP has two states."""
 
 import json
 from pathlib import Path
@@ -35,15 +36,25 @@ def test_it_is_not_called_as_later_ones_are(pair: Pair) -> None:
     assert steady.finish()["alive"] == CONNECTIONS
 
 
-def test_it_is_called_as_it_wants_to_be(pair: Pair, tmp_path: Path) -> None:
-    """By a layout that has it; UDP, of which such a release knows one state, is refused."""
-    file = tmp_path / "older.json"
+def older_layout(directory: Path, udp_states: bool = True) -> Path:
+    """That of the twin, with what is older about this one."""
     newer, older = (json.loads((ROOT / f"probes/layouts/{name}.json").read_text()) for name in ("1.10.2", "1.9.4"))
     newer["dpvs"]["structs"][LOOKUP] = older["dpvs"]["structs"][LOOKUP]
+    if udp_states:
+        newer["dpvs"]["udp_states"] = older["dpvs"]["udp_states"]
+    file = directory / "older.json"
     file.write_text(json.dumps(newer))
+    return file
+
+
+def test_it_is_called_as_it_wants_to_be(pair: Pair, tmp_path: Path) -> None:
+    """By a layout that has it; UDP, of which such a release knows one state, is refused."""
+    file = older_layout(tmp_path)
     steady = pair.steady(CONNECTIONS)
     assert pair.datagram(b"one") == b"one"  # answered before it is told of: it is refused once in each state
     pair.replicate(extra=("--layout", str(file)))
+    (udp,) = (row for row in pair.a.attached[0].sessions(origin="own") if row["proto"] == "udp")
+    assert udp["state"] == "NORMAL"
 
     def answered() -> dict[str, int]:
         results: dict[str, int] = pair.b.attached[0].status()["injection"]["results"]
@@ -58,3 +69,22 @@ def test_it_is_called_as_it_wants_to_be(pair: Pair, tmp_path: Path) -> None:
     report = steady.finish()
     assert (report["alive"], report["corrupted"]) == (CONNECTIONS, 0), report
     assert pair.b.alive
+
+
+def test_states_of_udp_are_proven(pair: Pair, tmp_path: Path) -> None:
+    """A layout with those of later releases is refused where a session shows it, and DPVS goes on."""
+    file = older_layout(tmp_path, udp_states=False)
+    waiting = pair.a.probe("--layout", str(file))
+    assert pair.datagram(b"one") == b"one"
+    wait_for("it ends", lambda: not waiting.alive, 20)
+    said = waiting.process.tail(20)
+    assert waiting.process.status == 1, said
+    assert "dp_vs_conn.state" in said
+    assert "The probes were taken off" in said
+    done = pair.a.command("attach", "--pid", str(pair.a.pid), "--layout", str(file), timeout=60)
+    assert done.returncode == 1
+    assert "dp_vs_conn.state" in done.stderr
+    assert "Nothing was attached" in done.stderr
+    assert pair.datagram(b"two") == b"two"
+    right = pair.a.probe("--layout", str(older_layout(tmp_path)))
+    assert {row["state"] for row in right.sessions(origin="own")} == {"NORMAL"}

@@ -83,6 +83,8 @@ class TestEqual:
         for number in range(13):
             assert pair.datagram(b"datagram %d" % number) == b"datagram %d" % number
         assert assert_equal(pair.a, probe) >= 13
+        states = {row["state"] for row in probe.sessions(origin="own") if row["proto"] == "udp"}
+        assert states == {"NORMAL"}  # whatever number that is in this release
 
     @pytest.mark.pair(workers=2)
     def test_two_workers(self, pair: Pair) -> None:

@@ -24,11 +24,19 @@ struct twin_conf twin_conf = {
 };
 
 int twin_tcp_timeouts[DPVS_TCP_S_LAST + 1] = {2, 90, 3, 30, 7, 7, 3, 7, 7, 120, 30, 2};
+#ifdef TWIN_BEFORE_1_9_6
+int twin_udp_timeouts[DPVS_UDP_S_LAST + 1] = {300, 2};
+#else
 int twin_udp_timeouts[DPVS_UDP_S_LAST + 1] = {2, 300, 300, 2};
+#endif
 
 static const char *const tcp_keys[] = {"none",  "established", "syn_sent", "syn_recv", "fin_wait", "time_wait",
                                        "close", "close_wait",  "last_ack", "listen",   "synack",   "last"};
+#ifdef TWIN_BEFORE_1_9_6
+static const char *const udp_keys[] = {"normal", "last"};
+#else
 static const char *const udp_keys[] = {"none", "oneway", "normal", "last"};
+#endif
 
 static void timeout_key(const char *key, const char *value, const char *const *names, int *table, int count)
 {

@@ -20,7 +20,11 @@ static const char *state_name(uint16_t proto, uint16_t state)
 {
     static const char *const tcp[] = {"TCP_NONE",  "TCP_EST",    "SYN_SENT", "SYN_RECV", "FIN_WAIT", "TIME_WAIT",
                                       "TCP_CLOSE", "CLOSE_WAIT", "LAST_ACK", "LISTEN",   "SYNACK"};
+#ifdef TWIN_BEFORE_1_9_6
+    static const char *const udp[] = {"UDP_NORM", "UDP_LAST"};
+#else
     static const char *const udp[] = {"UDP_NONE", "UDP_ONEWAY", "UDP_NORM", "UDP_LAST"};
+#endif
     static const char *const sctp[] = {"SCTP_NONE", "SCTP_INIT1", "SCTP_INIT", "SCTP_COOKIE_SENT",
                                        "SCTP_COOKIE_REPLIED", "SCTP_COOKIE_WAIT", "SCTP_COOKIE", "SCTP_COOKIE_ECHOED",
                                        "SCTP_ESTABLISHED", "SCTP_SHUTDOWN_SENT", "SCTP_SHUTDOWN_RECEIVED",

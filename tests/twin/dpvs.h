@@ -327,7 +327,11 @@ enum {
 };
 
 enum { DPVS_SCTP_S_ESTABLISHED = 8, DPVS_SCTP_S_LAST = 14 };
+#ifdef TWIN_BEFORE_1_9_6
+enum { DPVS_UDP_S_NORMAL = 0, DPVS_UDP_S_LAST };
+#else
 enum { DPVS_UDP_S_NONE = 0, DPVS_UDP_S_ONEWAY, DPVS_UDP_S_NORMAL, DPVS_UDP_S_LAST };
+#endif
 
 struct dp_vs_stats {
     uint64_t conns;

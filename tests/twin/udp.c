@@ -66,12 +66,16 @@ static int udp_nat_out(struct dp_vs_proto *proto __rte_unused, struct dp_vs_conn
 
 /* The INACTIVE flag stays on: a UDP session counts in inactconns all its life. */
 static int udp_state_trans(struct dp_vs_proto *proto, struct dp_vs_conn *conn, struct rte_mbuf *mbuf __rte_unused,
-                           int dir)
+                           int dir __rte_unused)
 {
+#ifdef TWIN_BEFORE_1_9_6
+    conn->state = DPVS_UDP_S_NORMAL;
+#else
     if (dir == DPVS_CONN_DIR_OUTBOUND)
         conn->state = DPVS_UDP_S_NORMAL;
     else if (conn->state == DPVS_UDP_S_NONE)
         conn->state = DPVS_UDP_S_ONEWAY;
+#endif
     dp_vs_conn_set_timeout(conn, proto);
     return EDPVS_OK;
 }

@@ -98,6 +98,15 @@ def test_unpack_is_little_endian_and_takes_a_base() -> None:
         lambda d: d["dpvs"]["structs"]["dp_vs_conn"]["fields"].update({"a\x1b[2Jf": [0, 9999]}),
         lambda d: d["dpvs"]["flags"].update({"HASH\x07ED": "0x1"}),
         lambda d: d["dpvs"]["sockopt_ids"].update({"SOCK\nOPT": 1}),
+        lambda d: d["dpvs"].update(udp_states={}),
+        lambda d: d["dpvs"].update(udp_states=["NORMAL"]),
+        lambda d: d["dpvs"].update(udp_states="NORMAL"),
+        lambda d: d["dpvs"].update(udp_states=7),
+        lambda d: d["dpvs"].update(udp_states={"NORMAL": 0, "ODD\x1b[2J": 1}),
+        lambda d: d["dpvs"].update(udp_states={"NORMAL": 0, "LAST": 0}),
+        lambda d: d["dpvs"].update(udp_states={"NORMAL": 0, "LAST": -1}),
+        lambda d: d["dpvs"].update(udp_states={"NORMAL": 0, "LAST": [1]}),
+        lambda d: d["dpvs"].update(udp_states={"NORMAL": 0, "LAST": 1 << 70}),
     ],
 )
 def test_damaged_data_is_refused(damage: Any) -> None:
@@ -106,6 +115,18 @@ def test_damaged_data_is_refused(damage: Any) -> None:
     with pytest.raises(BadLayout) as error:
         Layout.parse("damaged", data)
     assert str(error.value).isprintable()
+
+
+def test_states_of_udp() -> None:
+    older = Layout.load("1.9.4")
+    assert older.udp_states == {"NORMAL": 0, "LAST": 1}
+    assert not older.udp_waits
+    assert Layout.load("1.9.6").udp_waits
+    data = copy.deepcopy(source())
+    del data["dpvs"]["udp_states"]  # a file that does not say
+    assert Layout.parse("silent", data).udp_states == Layout.load("1.10.2").udp_states
+    data["dpvs"]["udp_states"] = {"NONE": 0, "NORMAL": 1, "LAST": 2}  # nobody's: such a copy might not wait
+    assert not Layout.parse("odd", data).udp_waits
 
 
 @pytest.mark.parametrize("name", ["0.0.1", "../1.10.2", "", "1.10.2/../x", "1.10.2\n"])

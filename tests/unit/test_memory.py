@@ -4,6 +4,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,9 @@ def target(tmp_path: Path) -> Iterator[Target]:
         yield own
 
 
-def opened(directory: Path, target: Target, *pools: OwnPool) -> SessionPool:
+def opened(directory: Path, target: Target, *pools: OwnPool, layout: Layout = LAYOUT) -> SessionPool:
     zones = OwnZones(directory, pools)
-    pool = SessionPool.open(target, LAYOUT)
+    pool = SessionPool.open(target, layout)
     pool.keep = zones, pools  # type: ignore[attr-defined]
     return pool
 
@@ -206,6 +207,17 @@ class TestReading:
             record = from_conns(conns, slots(7), {XMIT_FNAT: FNAT})[0]
             assert (record["fwdmode"], record["timeout_ms"], record["fnat_delta"]) == (FNAT, 90000, 1007)
             assert not record["caddr"][4:].any()
+
+    def test_states_of_udp_in_the_numbers_of_1_10_2(self, tmp_path: Path, target: Target, shared: bool) -> None:
+        own = OwnPool(tmp_path, shared=shared)
+        for slot, (proto, state) in enumerate([(17, 0), (17, 1), (17, 2), (17, 65535), (6, 0), (6, 1)]):
+            own.session(slot, proto=proto, state=state)
+        with opened(tmp_path, target, own) as pool:
+            assert pool.read(np.arange(6))[0]["state"].tolist() == [0, 1, 2, 65535, 0, 1]
+        older = replace(LAYOUT, udp_states={"NORMAL": 0, "LAST": 1})
+        with opened(tmp_path, target, own, layout=older) as pool:
+            assert pool.read(np.arange(6))[0]["state"].tolist() == [2, 3, 65535, 65535, 0, 1]
+            assert len(pool.read(slots())[0]) == 0
 
     def test_any_selection_in_any_order(self, tmp_path: Path, target: Target, shared: bool) -> None:
         own = OwnPool(tmp_path, chunks=(1300, 800), shared=shared)
