@@ -22,6 +22,7 @@ SESSION = "dp_vs_conn"
 LOOKUP = "dp_vs_service_lookup"  # a function, as a struct of what its caller puts on the stack
 UDP_STATES = ("NONE", "ONEWAY", "NORMAL", "LAST")  # DPVS_UDP_S_*, include/ipvs/proto_udp.h, since 1.9.6
 UDP_NUMBERS = {name: number for number, name in enumerate(UDP_STATES)}
+UDP_BEFORE_1_9_6 = {"NORMAL": 0, "LAST": 1}
 MAX_STATE = 255
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a layout
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # of C: struct, member, flag, request
@@ -100,7 +101,7 @@ class Layout:
                 sockopt_ids={_identifier(key): _number(value) for key, value in dpvs["sockopt_ids"].items()},
                 flags={_identifier(key): _number(int(value, 16)) for key, value in dpvs["flags"].items()},
                 structs=structs,
-                udp_states=_udp_states(dpvs.get("udp_states", UDP_NUMBERS)),
+                udp_states=_udp_states(dpvs.get("udp_states", _usual_udp_states(structs))),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadLayout(f"layout {name} is malformed: {type(error).__name__} {str(error)[:100]}") from None
@@ -209,6 +210,12 @@ def _struct(layout: str, name: str, body: Mapping[str, Any]) -> Struct:
             raise BadLayout(f"layout {layout}: {name}.{member} lies outside its struct")
         fields[member] = (offset, length)
     return Struct(name, size, fields)
+
+
+def _usual_udp_states(structs: Mapping[str, Struct]) -> Mapping[str, int]:
+    """Of a file that does not say: the lookup of services changed with them."""
+    older = LOOKUP in structs and "outwall" in structs[LOOKUP].fields
+    return UDP_BEFORE_1_9_6 if older else UDP_NUMBERS
 
 
 def _udp_states(names: Mapping[str, int]) -> Mapping[str, int]:

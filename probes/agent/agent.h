@@ -120,7 +120,9 @@ static inline bool address_equal(int af, const void *a, const void *b)
 }
 
 /* Up to 1.9.4 dp_vs_service_lookup has an argument more, bool *outwall before the lcore: the lcore's place on the stack says
- * which it is (the loader has seen DPVS's own code take it from there). */
+ * which it is (the loader has seen DPVS's own code take it from there). And UDP has two states there, NORMAL, which is 0,
+ * and LAST: a copy that waits could not be told from a live one, and the states of later releases lie outside its table of
+ * time-outs. So this is asked as well as config.udp_waits, which a layout file may have wrong. */
 enum { LOOKUP_PLAIN = 16, LOOKUP_OUTWALL = 24 };
 static inline bool is_before_1_9_6(void) { return config.offsets[OFF_dp_vs_service_lookup_cid] == LOOKUP_OUTWALL; }
 

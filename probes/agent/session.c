@@ -52,7 +52,7 @@ uint8_t check_record(const struct agent_record *r)
 
 	if (!is_kind(r) || (r->proto != IPPROTO_TCP && r->proto != IPPROTO_UDP && r->proto != IPPROTO_SCTP))
 		return CODE_UNSUPPORTED;
-	if (r->proto == IPPROTO_UDP && !config.udp_waits)
+	if (r->proto == IPPROTO_UDP && (!config.udp_waits || is_before_1_9_6()))
 		return CODE_UNSUPPORTED;
 	if (r->flags & F_ONE_PACKET)
 		return CODE_UNSUPPORTED;

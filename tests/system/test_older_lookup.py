@@ -36,12 +36,11 @@ def test_it_is_not_called_as_later_ones_are(pair: Pair) -> None:
     assert steady.finish()["alive"] == CONNECTIONS
 
 
-def older_layout(directory: Path, udp_states: bool = True) -> Path:
-    """That of the twin, with what is older about this one."""
+def older_layout(directory: Path, udp_states: str = "1.9.4") -> Path:
+    """That of the twin, with what is older about this one, and the states of UDP of a release."""
     newer, older = (json.loads((ROOT / f"probes/layouts/{name}.json").read_text()) for name in ("1.10.2", "1.9.4"))
     newer["dpvs"]["structs"][LOOKUP] = older["dpvs"]["structs"][LOOKUP]
-    if udp_states:
-        newer["dpvs"]["udp_states"] = older["dpvs"]["udp_states"]
+    newer["dpvs"]["udp_states"] = {"1.10.2": newer, "1.9.4": older}[udp_states]["dpvs"]["udp_states"]
     file = directory / "older.json"
     file.write_text(json.dumps(newer))
     return file
@@ -73,7 +72,7 @@ def test_it_is_called_as_it_wants_to_be(pair: Pair, tmp_path: Path) -> None:
 
 def test_states_of_udp_are_proven(pair: Pair, tmp_path: Path) -> None:
     """A layout with those of later releases is refused where a session shows it, and DPVS goes on."""
-    file = older_layout(tmp_path, udp_states=False)
+    file = older_layout(tmp_path, udp_states="1.10.2")
     waiting = pair.a.probe("--layout", str(file))
     assert pair.datagram(b"one") == b"one"
     wait_for("it ends", lambda: not waiting.alive, 20)

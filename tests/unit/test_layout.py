@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from probes.judging import faults
-from probes.layout import BadLayout, Evidence, Layout, UnknownLayout, parse_text, release_name, select
+from probes.layout import LOOKUP, BadLayout, Evidence, Layout, UnknownLayout, parse_text, release_name, select
 
 SHIPPED = Layout.shipped()
 
@@ -125,6 +125,8 @@ def test_states_of_udp() -> None:
     data = copy.deepcopy(source())
     del data["dpvs"]["udp_states"]  # a file that does not say
     assert Layout.parse("silent", data).udp_states == Layout.load("1.10.2").udp_states
+    data["dpvs"]["structs"][LOOKUP] = source("1.9.4")["dpvs"]["structs"][LOOKUP]
+    assert Layout.parse("silent", data).udp_states == older.udp_states
     data["dpvs"]["udp_states"] = {"NONE": 0, "NORMAL": 1, "LAST": 2}  # nobody's: such a copy might not wait
     assert not Layout.parse("odd", data).udp_waits
 
